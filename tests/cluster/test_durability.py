@@ -1,0 +1,133 @@
+"""Objects survive; errors are clear; `down` leaves nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import Cluster, wait_until
+
+pytestmark = pytest.mark.xdist_group("cluster")
+
+
+def processes(of: str) -> list[int]:
+    """Host pids whose command line contains `of`."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if of in command:
+            found.append(int(entry.name))
+    return found
+
+
+def test_objects_survive_kill_9_of_the_api_server(cluster: Cluster, namespace: str) -> None:
+    before = {
+        p["metadata"]["uid"]: p["status"]["containerStatuses"][0]["restartCount"]
+        for p in cluster.get("pods", "-n", "istio-system")["items"]
+    }
+    for number in range(20):
+        cluster.kubectl("create", "configmap", f"kept-{number}", "-n", namespace)
+    (server,) = [
+        p
+        for p in processes("meshlight.kube.server")
+        if str(cluster.state) in Path(f"/proc/{p}/cmdline").read_text()
+    ]
+    os.kill(server, signal.SIGKILL)
+    wait_until(
+        lambda: "kept-0" in cluster.kubectl("get", "configmaps", "-n", namespace, check=False),
+        30,
+        "the API to serve again",
+    )
+    names = {c["metadata"]["name"] for c in cluster.get("configmaps", "-n", namespace)["items"]}
+    assert {f"kept-{n}" for n in range(20)} <= names
+    after = {
+        p["metadata"]["uid"]: p["status"]["containerStatuses"][0]["restartCount"]
+        for p in cluster.get("pods", "-n", "istio-system")["items"]
+    }
+    assert after == before
+
+
+def test_a_second_cluster_of_the_same_name_is_not_made(cluster: Cluster) -> None:
+    answer = cluster.meshlight("up", "--name", cluster.name, "--nodes", "3", check=False)
+    assert "already" in answer
+    assert "Traceback" not in answer
+
+
+def test_a_port_in_use_is_a_clear_error_and_nothing_is_half_made(
+    tmp_path: Path, cluster: Cluster
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        other = Cluster("other", tmp_path)
+        answer = other.meshlight("up", "--name", "other", "--api-port", str(port), check=False)
+        assert str(port) in answer and "in use" in answer
+        assert "Traceback" not in answer
+    assert not processes(str(tmp_path))
+
+
+def test_run_launches_a_program_as_a_workload(cluster: Cluster, namespace: str) -> None:
+    cluster.meshlight(
+        "--help",
+    )
+    answer = cluster.meshlight(
+        "run",
+        "--cluster",
+        cluster.name,
+        "--name",
+        "web",
+        "-n",
+        namespace,
+        "--port",
+        "8000",
+        "--",
+        sys.executable,
+        "-m",
+        "http.server",
+        "8000",
+    )
+    assert "web" in answer
+    assert cluster.get("deploy", "web", "-n", namespace)["status"]["readyReplicas"] == 1
+    assert cluster.get("svc", "web", "-n", namespace)["spec"]["ports"][0]["port"] == 8000
+    refused = cluster.meshlight(
+        "run",
+        "--cluster",
+        cluster.name,
+        "--name",
+        "none",
+        "-n",
+        namespace,
+        "--",
+        "/no/such/program",
+        check=False,
+    )
+    assert "/no/such/program" in refused and "Traceback" not in refused
+
+
+def test_down_leaves_nothing_and_up_again_keeps_the_objects(tmp_path: Path) -> None:
+    links = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True).stdout
+    mounts = Path("/proc/self/mountinfo").read_text()
+    made = Cluster("short", tmp_path)
+    made.meshlight("up", "--name", "short", "--nodes", "1", timeout=180)
+    try:
+        made.kubectl("create", "configmap", "kept")
+        made.meshlight("down", "--name", "short")
+        assert not processes(str(tmp_path))
+        assert subprocess.run(["ip", "-o", "link"], capture_output=True, text=True).stdout == links
+        assert Path("/proc/self/mountinfo").read_text() == mounts
+        made.meshlight("up", "--name", "short", "--nodes", "1", timeout=180)
+        assert made.get("configmap", "kept")["metadata"]["name"] == "kept"
+        # Even when everything is killed at once, nothing stays.
+        os.kill(made.supervisor_pid, signal.SIGKILL)
+        wait_until(lambda: not processes(str(tmp_path)), 20, "every process to end with pid 1")
+    finally:
+        made.meshlight("down", "--name", "short", "--purge", check=False)
+    assert not (tmp_path / "clusters" / "short").exists()
