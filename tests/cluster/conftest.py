@@ -20,7 +20,7 @@ MESHLIGHT = Path(sys.executable).parent / "meshlight"
 
 
 def wait_until(condition: Callable[[], Any], timeout: float = 60, what: str = "") -> Any:
-    """Poll `condition` until it is truthy and return its value; fail with `what` after `timeout`."""
+    """Poll `condition` until it is truthy and return it; fail with `what` after `timeout` s."""
     deadline = time.monotonic() + timeout
     while True:
         if value := condition():

@@ -1,4 +1,4 @@
-"""Programs that pods of the tests run: echo server, long-lived client, load of short connections."""
+"""Programs that pods of the tests run: echo server, held connection, short connections, sniffer."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def load(host: str, port: int) -> None:
 
 
 def sniff(interface: str) -> None:
-    """Count packets of an interface by what they show: the marker in clear, or TLS to port 15008."""
+    """Count packets by what they show: the marker in clear, or TLS records to port 15008."""
     capture = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.ntohs(3))
     capture.bind((interface, 0))
     clear = hbone = 0

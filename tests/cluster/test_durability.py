@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from conftest import Cluster, wait_until
 
 pytestmark = pytest.mark.xdist_group("cluster")

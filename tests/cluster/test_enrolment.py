@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-
 from conftest import Cluster, pod, service, wait_until
 
 PROGRAMS = str(Path(__file__).with_name("programs.py"))

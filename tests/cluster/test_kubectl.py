@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import pytest
-
 from conftest import Cluster, pod, wait_until
 
 pytestmark = pytest.mark.xdist_group("cluster")
