@@ -1,0 +1,49 @@
+# The habits of this repository; `make` lists them.
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml Makefile ztunnel/Cargo.toml $(wildcard ztunnel/Cargo.lock ztunnel/build.rs) \
+	$(shell find ztunnel/src proto build_backend wheel_data -type f -not -name '*.pyc')
+TOOLS := nft ip unshare nsenter
+
+help: ## list the habits
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(VENV)/.installed tools ## make .venv, build and install Meshlight into it
+
+$(VENV)/.installed: $(SOURCES)
+	@echo "building and installing Meshlight into $(VENV) (a few minutes the first time)"
+	@test -x $(BIN)/python || python3 -m venv $(VENV)
+	@$(BIN)/python -m pip install -q -e '.[dev]'
+	@touch $@
+
+tools:
+	@missing=; for t in $(TOOLS); do command -v $$t >/dev/null || missing="$$missing $$t"; done; \
+	if [ -n "$$missing" ]; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "installing$$missing from Debian's packages"; \
+	    apt-get update -qq && apt-get install -y -qq nftables iproute2 util-linux >/dev/null; \
+	  else echo "missing:$$missing (Debian packages nftables iproute2 util-linux)"; fi; fi
+
+up: setup ## boot the embedded cluster-101
+	@$(BIN)/meshlight up
+
+down: ## stop it; leaves nothing behind
+	@test -x $(BIN)/meshlight && $(BIN)/meshlight down || echo "nothing installed, nothing running"
+
+test: setup ## every test: unit, real cluster, Rust
+	cd ztunnel && cargo test --release -q
+	$(BIN)/pytest -n 2 --dist loadgroup
+
+check: setup ## formatters, linters, type checkers
+	$(BIN)/ruff format --check src tests bench build_backend
+	$(BIN)/ruff check src tests bench build_backend
+	$(BIN)/mypy
+	cd ztunnel && cargo fmt --check && cargo clippy --release -q -- -D warnings
+
+bench: setup ## benchmarks; they print ratios and assert nothing
+	$(BIN)/python bench/l4.py
+
+docs: ## where the documentation is
+	@ls README.md CONTRIBUTING.md docs/*.md docs/adr/*.md
+
+.PHONY: help setup tools up down test check bench docs
