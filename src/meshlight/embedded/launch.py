@@ -1,0 +1,166 @@
+"""The host's side of an embedded cluster: start its supervisor in namespaces of its own, stop it.
+
+Owns what touches the host: one loopback socket, the state directory, the supervisor process. It
+knows nothing of what runs inside.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from meshlight.embedded import pki
+from meshlight.embedded.layout import Layout, Record, start_time
+
+DEFAULT_API_PORT = 6443
+_TOOLS = {"ip": "iproute2", "nft": "nftables", "unshare": "util-linux", "nsenter": "util-linux"}
+
+
+class LaunchError(Exception):
+    """The cluster cannot be started or stopped; the message says why and what to do."""
+
+
+def missing_requirements() -> list[str]:
+    """One line for each thing this machine lacks; empty when a cluster can run."""
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    missing = [
+        f"{tool} is not installed: it comes with the package {package}"
+        for tool, package in _TOOLS.items()
+        if shutil.which(tool, path=path) is None
+    ]
+    if os.geteuid() != 0 and not missing:
+        tried = subprocess.run(
+            ["unshare", "--user", "--map-root-user", "--net", "--mount", "true"],
+            capture_output=True,
+            text=True,
+        )
+        if tried.returncode:
+            missing.append(
+                "user namespaces are not permitted to you on this kernel: run as root, or allow them "
+                f"(sysctl user.max_user_namespaces, or your AppArmor policy): {tried.stderr.strip()}"
+            )
+    return missing
+
+
+@contextmanager
+def _locked(layout: Layout) -> Iterator[None]:
+    """Only one `up` or `down` of a cluster at a time."""
+    layout.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (layout.state / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def start(layout: Layout, nodes: int | None, api_port: int | None) -> tuple[Record, bool]:
+    """Start the cluster unless it runs; returns its record and whether this call started it.
+
+    `nodes` and `api_port` default to what the cluster had before, then to 6 and to 6443 or a free
+    port. Raises LaunchError; nothing is half-made then.
+    """
+    if lacking := missing_requirements():
+        raise LaunchError("this machine lacks:\n  " + "\n  ".join(lacking))
+    existed = layout.state.exists()
+    with _locked(layout):
+        before = Record.read(layout)
+        if before and before.running():
+            return before, False
+        wanted = api_port or (before.api_port if before else None)
+        try:
+            listener = _listen(wanted)
+        except LaunchError:
+            if not existed:
+                shutil.rmtree(layout.state, ignore_errors=True)
+            raise
+        with listener:
+            port = listener.getsockname()[1]
+            record = Record(layout.name, nodes or (before.nodes if before else 6), port)
+            pki.ensure(layout.state, layout.name, layout.node_names(record.nodes), port)
+            layout.logs.mkdir(exist_ok=True, mode=0o700)
+            record.supervisor_pid = _spawn(layout, record, listener.fileno())
+            record.supervisor_started = start_time(record.supervisor_pid)
+            record.write(layout)
+    return record, True
+
+
+def _listen(port: int | None) -> socket.socket:
+    candidates = [port] if port else [DEFAULT_API_PORT, 0]
+    for candidate in candidates:
+        try:
+            return socket.create_server(("127.0.0.1", candidate), backlog=512)
+        except OSError as error:
+            cause = error
+    raise LaunchError(
+        f"port {port} of 127.0.0.1 is in use or not permitted ({cause.strerror}); "
+        "choose another with --api-port"
+    )
+
+
+def _spawn(layout: Layout, record: Record, listener: int) -> int:
+    """Start pid 1 of the cluster; returns its pid as the host sees it."""
+    command = ["unshare", "--pid", "--fork", "--kill-child=KILL", "--mount", "--net", "--uts"]
+    command += ["--ipc", "--propagation", "private"]
+    if os.geteuid() != 0:
+        command += ["--user", "--map-root-user"]
+    command += [sys.executable, "-m", "meshlight.embedded.supervisor"]
+    command += ["--name", layout.name, "--state", str(layout.state), "--nodes", str(record.nodes)]
+    command += ["--listen-fd", str(listener)]
+    log_path = layout.logs / "supervisor.log"
+    environment = {**os.environ, "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin"}
+    with log_path.open("ab") as log:
+        wrapper = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=[listener],
+            start_new_session=True,
+            env=environment,
+            cwd="/",
+        )
+    children = Path(f"/proc/{wrapper.pid}/task/{wrapper.pid}/children")
+    deadline = time.monotonic() + 10
+    while wrapper.poll() is None and time.monotonic() < deadline:
+        if found := children.read_text().split():
+            return int(found[0])
+        time.sleep(0.005)
+    raise LaunchError(f"the supervisor did not start; its log is {log_path}:\n{tail(log_path)}")
+
+
+def tail(path: Path, lines: int = 5) -> str:
+    """The last lines of a log, for an error message."""
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+
+
+def stop(layout: Layout, *, purge: bool, timeout: float = 20) -> bool:
+    """Stop the cluster; returns whether it was running. With `purge` its state goes too.
+
+    The supervisor stops its parts in order; if it is not gone after `timeout` seconds the kernel
+    ends it, and with it every process, namespace, interface and mount of the cluster.
+    """
+    if not layout.state.exists():
+        return False
+    with _locked(layout):
+        record = Record.read(layout)
+        was_running = record is not None and record.running()
+        if record and was_running:
+            os.kill(record.supervisor_pid, signal.SIGTERM)
+            deadline = time.monotonic() + timeout
+            while record.running():
+                if time.monotonic() > deadline:
+                    os.kill(record.supervisor_pid, signal.SIGKILL)
+                time.sleep(0.02)
+        if record:
+            record.supervisor_pid = record.supervisor_started = 0
+            record.write(layout)
+        if purge:
+            shutil.rmtree(layout.state)
+    return was_running

@@ -1,0 +1,82 @@
+"""Where an embedded cluster keeps its files; see docs/architecture.md, "Files"."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+def home() -> Path:
+    """The folder of all clusters: `$MESHLIGHT_HOME`, or `~/.meshlight`."""
+    return Path(os.environ.get("MESHLIGHT_HOME") or Path.home() / ".meshlight")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Paths of one cluster, by its name."""
+
+    name: str
+
+    @property
+    def state(self) -> Path:
+        """The state directory."""
+        return home() / "clusters" / self.name
+
+    @property
+    def kubeconfig(self) -> Path:
+        """The user's kubeconfig."""
+        return self.state / "kubeconfig"
+
+    @property
+    def logs(self) -> Path:
+        """Logs of the parts."""
+        return self.state / "logs"
+
+    @property
+    def record_path(self) -> Path:
+        """`cluster.json`."""
+        return self.state / "cluster.json"
+
+    def node_names(self, count: int) -> list[str]:
+        """`<cluster>-node-1` …"""
+        return [f"{self.name}-node-{index}" for index in range(1, count + 1)]
+
+
+@dataclass(slots=True)
+class Record:
+    """What `cluster.json` remembers; `supervisor_pid` is 0 when the cluster is stopped."""
+
+    name: str
+    nodes: int
+    api_port: int
+    supervisor_pid: int = 0
+    supervisor_started: int = 0
+
+    @classmethod
+    def read(cls, layout: Layout) -> Record | None:
+        """The cluster's record, or None if it was never made."""
+        try:
+            return cls(**json.loads(layout.record_path.read_text()))
+        except FileNotFoundError:
+            return None
+
+    def write(self, layout: Layout) -> None:
+        """Keep it, atomically."""
+        temporary = layout.record_path.with_suffix(".new")
+        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        temporary.replace(layout.record_path)
+
+    def running(self) -> bool:
+        """Whether the recorded supervisor is the process that now has its pid."""
+        return self.supervisor_pid > 0 and start_time(self.supervisor_pid) == self.supervisor_started
+
+
+def start_time(pid: int) -> int:
+    """Start time of a process in clock ticks since boot; 0 when there is none or it is a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return 0
+    return 0 if fields[0] in "ZX" else int(fields[19])

@@ -1,0 +1,191 @@
+"""Pid 1 of an embedded cluster: makes its fabric, starts its parts, restarts them, reaps orphans.
+
+Runs in PID, mount, network, UTS and IPC namespaces of its own, so that its end is the end of
+everything in the cluster. It knows how parts are started, and nothing of what they do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from meshlight.embedded.layout import Layout
+
+FABRIC_ADDRESS = "172.20.0.1"
+FABRIC_PREFIX = 24
+API_PORT = 6443
+RUN = Path("/run/meshlight")
+STOP_GRACE = 8.0
+"""Seconds that parts have to stop in order before they are killed."""
+
+
+def log(message: str, **fields: object) -> None:
+    """One JSON event a line on stderr, which is `logs/supervisor.log`."""
+    record = {"ts": time.time(), "level": "info", "msg": message, **fields}
+    print(json.dumps(record), file=sys.stderr, flush=True)
+
+
+@dataclass(slots=True)
+class Part:
+    """A supervised process: its command, and when and how often it was started."""
+
+    name: str
+    command: list[str]
+    pass_fds: tuple[int, ...] = ()
+    pid: int = 0
+    started: float = 0.0
+    failures: int = 0
+
+    def restart_delay(self, now: float) -> float:
+        """Seconds until the next start: at once after a long life, doubling to 10 s otherwise."""
+        if now - self.started > 30:
+            self.failures = 0
+        self.failures += 1
+        return 0.0 if self.failures == 1 else min(0.1 * 2 ** (self.failures - 1), 10.0)
+
+
+def prepare_namespaces(name: str) -> None:
+    """Mounts, loopback and the fabric bridge, all inside the namespaces we were born into."""
+    for command in (
+        ["mount", "-t", "proc", "proc", "/proc"],
+        ["mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run"],
+        ["ip", "link", "set", "lo", "up"],
+        ["ip", "link", "add", "fabric0", "type", "bridge"],
+        ["ip", "address", "add", f"{FABRIC_ADDRESS}/{FABRIC_PREFIX}", "dev", "fabric0"],
+        ["ip", "link", "set", "fabric0", "up"],
+    ):
+        subprocess.run(command, check=True)
+    Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
+    for folder in (Path("/run/netns"), RUN / "nodes", RUN / "exits"):
+        folder.mkdir(parents=True)
+    subprocess.run(["hostname", name], check=False, stderr=subprocess.DEVNULL)
+
+
+class Supervisor:
+    """Keeps the parts running until SIGTERM."""
+
+    def __init__(self, layout: Layout, nodes: int, listen_fd: int) -> None:
+        self.layout = layout
+        self.stopping = asyncio.Event()
+        state = layout.state
+        module = [sys.executable, "-m"]
+        self.api = Part(
+            "apiserver",
+            [*module, "meshlight.kube.server", "--state", str(state)]
+            + ["--listen-fd", str(listen_fd), "--fabric", f"{FABRIC_ADDRESS}:{API_PORT}"],
+            pass_fds=(listen_fd,),
+        )
+        controllers = Part(
+            "controllers",
+            [*module, "meshlight.controllers", "--kubeconfig"]
+            + [str(state / "pki" / "controllers.kubeconfig")],
+        )
+        installer = Part(
+            "install",
+            [*module, "meshlight.embedded.install", "--kubeconfig"]
+            + [str(state / "pki" / "controllers.kubeconfig")],
+        )
+        self.once = {installer.name}
+        self.parts = [controllers, installer]
+        for index, node in enumerate(layout.node_names(nodes), start=1):
+            self.parts.append(
+                Part(
+                    f"node-{node}",
+                    [*module, "meshlight.node", "--name", node, "--index", str(index)]
+                    + ["--kubeconfig", str(state / "pki" / f"node-{node}.kubeconfig")]
+                    + ["--state", str(state)],
+                )
+            )
+        self.by_pid: dict[int, Part] = {}
+        self.timers: set[asyncio.TimerHandle] = set()
+
+    async def run(self) -> None:
+        """Start everything, supervise, and stop in order at SIGTERM or SIGINT."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stopping.set)
+        loop.add_signal_handler(signal.SIGCHLD, self._reap)
+        self._start(self.api)
+        # The parts wait for the API by themselves: their clients reconnect.
+        for part in self.parts:
+            self._start(part)
+        await self.stopping.wait()
+        await self._stop()
+
+    def _start(self, part: Part) -> None:
+        if self.stopping.is_set():
+            return
+        with (self.layout.logs / f"{part.name}.log").open("ab") as output:
+            process = subprocess.Popen(
+                part.command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=part.pass_fds,
+                start_new_session=True,
+            )
+        part.pid, part.started = process.pid, time.monotonic()
+        process.returncode = 0  # ours to reap, not subprocess's
+        self.by_pid[part.pid] = part
+        log("part started", part=part.name, pid=part.pid)
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            code = os.waitstatus_to_exitcode(status)
+            part = self.by_pid.pop(pid, None)
+            if part is None:
+                # An orphan: a container of a node agent that died. The next agent reads its exit here.
+                (RUN / "exits" / str(pid)).write_text(str(code))
+                continue
+            part.pid = 0
+            log("part ended", part=part.name, exit_code=code)
+            if self.stopping.is_set() or (part.name in self.once and code == 0):
+                continue
+            delay = part.restart_delay(time.monotonic())
+            asyncio.get_running_loop().call_later(delay, self._start, part)
+
+    async def _stop(self) -> None:
+        """Node agents first (they stop pods), then the rest; the kernel ends what is left."""
+        log("stopping")
+        nodes = [p for p in self.parts if p.name.startswith("node-")]
+        others = [p for p in self.parts if not p.name.startswith("node-")]
+        for group in (nodes, [*others, self.api]):
+            for part in group:
+                if part.pid:
+                    os.kill(part.pid, signal.SIGTERM)
+            deadline = time.monotonic() + STOP_GRACE
+            while any(p.pid for p in group) and time.monotonic() < deadline:
+                await asyncio.sleep(0.01)
+        log("stopped")
+
+
+def main() -> None:
+    """Entry point of `python -m meshlight.embedded.supervisor`."""
+    parser = argparse.ArgumentParser(description="pid 1 of an embedded cluster")
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--state", required=True, type=Path)
+    parser.add_argument("--nodes", required=True, type=int)
+    parser.add_argument("--listen-fd", required=True, type=int)
+    arguments = parser.parse_args()
+    os.environ["MESHLIGHT_HOME"] = str(arguments.state.parent.parent)
+    prepare_namespaces(arguments.name)
+    supervisor = Supervisor(Layout(arguments.name), arguments.nodes, arguments.listen_fd)
+    asyncio.run(supervisor.run())
+
+
+if __name__ == "__main__":
+    main()
