@@ -4,25 +4,47 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import signal
+from pathlib import Path
 
+import yaml
+
+from meshlight.controllers.namespace import Namespaces
+from meshlight.controllers.replicaset import ReplicaSets
 from meshlight.controllers.scheduler import Scheduler
 from meshlight.controllers.workqueue import log
 from meshlight.kube.client import Cache, Client
-from meshlight.kube.resources import NODES, PODS
+from meshlight.kube.resources import NAMESPACES, NODES, PODS, REPLICA_SETS
+
+
+def cluster_ca(kubeconfig: str) -> str:
+    """The CA certificate of the kubeconfig's first cluster, as PEM."""
+    path = Path(kubeconfig)
+    cluster = yaml.safe_load(path.read_text())["clusters"][0]["cluster"]
+    if "certificate-authority-data" in cluster:
+        return base64.b64decode(cluster["certificate-authority-data"]).decode()
+    return (path.parent / cluster["certificate-authority"]).read_text()
 
 
 async def serve(kubeconfig: str) -> None:
     """Run every controller until cancelled."""
     async with Client.from_kubeconfig(kubeconfig) as client:
         pods, nodes = Cache(client, PODS), Cache(client, NODES)
-        scheduler = Scheduler(client, pods, nodes)
+        sets, namespaces = Cache(client, REPLICA_SETS), Cache(client, NAMESPACES)
+        caches = (pods, nodes, sets, namespaces)
+        controllers = (
+            Scheduler(client, pods, nodes),
+            ReplicaSets(client, sets, pods),
+            Namespaces(client, namespaces, cluster_ca(kubeconfig)),
+        )
         async with asyncio.TaskGroup() as group:
-            for cache in (pods, nodes):
+            for cache in caches:
                 group.create_task(cache.run())
-            await asyncio.gather(pods.synced.wait(), nodes.synced.wait())
+            await asyncio.gather(*(cache.synced.wait() for cache in caches))
             log("info", "controllers started")
-            group.create_task(scheduler.queue.run())
+            for controller in controllers:
+                group.create_task(controller.queue.run())
 
 
 async def main(kubeconfig: str) -> None:
