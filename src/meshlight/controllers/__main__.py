@@ -10,12 +10,13 @@ from pathlib import Path
 
 import yaml
 
+from meshlight.controllers.deployment import Deployments
 from meshlight.controllers.namespace import Namespaces
 from meshlight.controllers.replicaset import ReplicaSets
 from meshlight.controllers.scheduler import Scheduler
 from meshlight.controllers.workqueue import log
 from meshlight.kube.client import Cache, Client
-from meshlight.kube.resources import NAMESPACES, NODES, PODS, REPLICA_SETS
+from meshlight.kube.resources import DEPLOYMENTS, NAMESPACES, NODES, PODS, REPLICA_SETS
 
 
 def cluster_ca(kubeconfig: str) -> str:
@@ -32,10 +33,12 @@ async def serve(kubeconfig: str) -> None:
     async with Client.from_kubeconfig(kubeconfig) as client:
         pods, nodes = Cache(client, PODS), Cache(client, NODES)
         sets, namespaces = Cache(client, REPLICA_SETS), Cache(client, NAMESPACES)
-        caches = (pods, nodes, sets, namespaces)
+        deployments = Cache(client, DEPLOYMENTS)
+        caches = (pods, nodes, sets, namespaces, deployments)
         controllers = (
             Scheduler(client, pods, nodes),
             ReplicaSets(client, sets, pods),
+            Deployments(client, deployments, sets),
             Namespaces(client, namespaces, cluster_ca(kubeconfig)),
         )
         async with asyncio.TaskGroup() as group:

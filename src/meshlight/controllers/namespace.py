@@ -1,4 +1,4 @@
-"""Gives every active namespace its `default` ServiceAccount and the cluster's CA, which pods mount."""
+"""Gives every active namespace its `default` ServiceAccount and the CA that its pods mount."""
 
 from __future__ import annotations
 

@@ -1,0 +1,153 @@
+"""Turns each Deployment into ReplicaSets, so that a new template replaces the old step by step.
+
+`targets` is the pure arithmetic of a rollout; scaling carries the resourceVersion it was computed
+from, so a lagging cache ends in a conflict and a retry.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+
+from meshlight.controllers.replicaset import controller_of
+from meshlight.controllers.workqueue import Key, WorkQueue
+from meshlight.kube.client import ApiError, Cache, Client
+from meshlight.kube.resources import DEPLOYMENTS, REPLICA_SETS, Object
+
+
+def bound(value: int | str, wanted: int, *, up: bool) -> int:
+    """A count or percentage of `wanted`, rounded up (surge) or down (unavailable)."""
+    if isinstance(value, int):
+        return value
+    share = int(value.rstrip("%")) * wanted / 100
+    return math.ceil(share) if up else math.floor(share)
+
+
+def targets(
+    wanted: int, new: int, new_available: int, old: int, surge: int, unavailable: int
+) -> tuple[int, int]:
+    """The next replica counts (new, old) of a rolling update, given the present ones."""
+    if surge == 0 and unavailable == 0:
+        unavailable = 1
+    grown = wanted if new > wanted else max(new, min(wanted, wanted + surge - old))
+    spare = new + old - (wanted - unavailable) - (new - min(new, new_available))
+    return grown, max(0, old - max(0, spare))
+
+
+class Deployments:
+    """Reconciles Deployments from the caches of Deployments and ReplicaSets."""
+
+    def __init__(self, client: Client, deployments: Cache, sets: Cache) -> None:
+        self.client, self.deployments, self.sets = client, deployments, sets
+        self.queue = WorkQueue("deployment", self.reconcile)
+        deployments.on_change(self._changed)
+        sets.on_change(self._set_changed)
+
+    def _changed(self, old: Object | None, new: Object | None) -> None:
+        meta = (new or old or {})["metadata"]
+        self.queue.add((meta["namespace"], meta["name"]))
+
+    def _set_changed(self, old: Object | None, new: Object | None) -> None:
+        obj = new or old or {}
+        owner = controller_of(obj)
+        if owner and owner["kind"] == "Deployment":
+            self.queue.add((obj["metadata"]["namespace"], owner["name"]))
+
+    async def _scale(self, item: Object, count: int) -> None:
+        meta = item["metadata"]
+        if item["spec"].get("replicas", 1) != count:
+            version = {"resourceVersion": meta["resourceVersion"]}
+            patch = {"metadata": version, "spec": {"replicas": count}}
+            await self.client.patch(REPLICA_SETS, meta["name"], patch, meta["namespace"])
+
+    async def reconcile(self, key: Key) -> None:
+        """Take one step of the rollout of one Deployment and write its status."""
+        item = self.deployments.objects.get(key)
+        if item is None or item["metadata"].get("deletionTimestamp"):
+            return
+        meta, spec = item["metadata"], item["spec"]
+        text = json.dumps(spec["template"], sort_keys=True).encode()
+        digest = hashlib.sha256(text).hexdigest()[:10]
+        name = f"{key[1]}-{digest}"
+        mine = [
+            s
+            for s in self.sets.objects.values()
+            if (controller_of(s) or {}).get("uid") == meta["uid"]
+        ]
+        fresh = next((s for s in mine if s["metadata"]["name"] == name), None)
+        olds = [s for s in mine if s is not fresh]
+        wanted = spec.get("replicas", 1)
+        strategy = spec.get("strategy") or {}
+        rolling = strategy.get("rollingUpdate") or {}
+        new = fresh["spec"].get("replicas", 1) if fresh else 0
+        ready = fresh.get("status", {}).get("readyReplicas", 0) if fresh else 0
+        old = sum(s["spec"].get("replicas", 1) for s in olds)
+        if strategy.get("type") == "Recreate":
+            alive = any(s.get("status", {}).get("replicas", 0) for s in olds)
+            grown, left = (0 if old or alive else wanted), 0
+        else:
+            surge = bound(rolling.get("maxSurge", "25%"), wanted, up=True)
+            missing = bound(rolling.get("maxUnavailable", "25%"), wanted, up=False)
+            grown, left = targets(wanted, new, ready, old, surge, missing)
+        if fresh is None:
+            await self._create(item, name, digest, grown)
+        else:
+            await self._scale(fresh, grown)
+        surplus = old - left
+        for stale in sorted(olds, key=lambda s: s.get("status", {}).get("readyReplicas", 0)):
+            count = stale["spec"].get("replicas", 1)
+            drop = min(count, surplus)
+            surplus -= drop
+            await self._scale(stale, count - drop)
+        await self._write_status(item, mine, fresh, wanted)
+
+    async def _create(self, item: Object, name: str, digest: str, count: int) -> None:
+        meta, mark = item["metadata"], {"pod-template-hash": digest}
+        template = copy.deepcopy(item["spec"]["template"])
+        labels = {**(template["metadata"].get("labels") or {}), **mark}
+        template["metadata"]["labels"] = labels
+        selector = copy.deepcopy(item["spec"]["selector"])
+        selector["matchLabels"] = {**(selector.get("matchLabels") or {}), **mark}
+        owner = {"apiVersion": "apps/v1", "kind": "Deployment", "name": meta["name"]}
+        owner |= {"uid": meta["uid"], "controller": True, "blockOwnerDeletion": True}
+        made = {
+            "apiVersion": "apps/v1",
+            "kind": "ReplicaSet",
+            "metadata": {
+                "name": name,
+                "namespace": meta["namespace"],
+                "labels": labels,
+                "ownerReferences": [owner],
+            },
+            "spec": {"replicas": count, "selector": selector, "template": template},
+        }
+        try:
+            await self.client.create(REPLICA_SETS, made)
+        except ApiError as error:
+            if error.code != 409:
+                raise
+
+    async def _write_status(
+        self, item: Object, mine: list[Object], fresh: Object | None, wanted: int
+    ) -> None:
+        ready = sum(s.get("status", {}).get("readyReplicas", 0) for s in mine)
+        status = {
+            "observedGeneration": item["metadata"].get("generation", 0),
+            "replicas": sum(s.get("status", {}).get("replicas", 0) for s in mine),
+            "updatedReplicas": (fresh or {}).get("status", {}).get("replicas", 0),
+            "readyReplicas": ready,
+            "availableReplicas": ready,
+            "unavailableReplicas": max(0, wanted - ready),
+        }
+        known = item.get("status") or {}
+        if any(known.get(k, 0) != v for k, v in status.items()):
+            meta = item["metadata"]
+            await self.client.patch(
+                DEPLOYMENTS,
+                meta["name"],
+                {"status": status},
+                meta["namespace"],
+                subresource="status",
+            )
