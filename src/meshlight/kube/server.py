@@ -1,0 +1,371 @@
+"""The API server's process: HTTP over TLS, client certificates, routing, encoding.
+
+Parses requests into `rest.Target`s and encodes answers as JSON or tables; the verbs' meaning is
+`rest`'s. Listens on an inherited loopback socket and, inside a cluster, on the fabric.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import socket
+import ssl
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import orjson
+import uvloop
+import yaml
+from aiohttp import web
+
+from meshlight.kube import discovery, openapi, protobuf_wire, tables, watch
+from meshlight.kube.authentication import User, from_certificate
+from meshlight.kube.bootstrap import bootstrap
+from meshlight.kube.catalog import Catalog
+from meshlight.kube.resources import Object
+from meshlight.kube.rest import Rest, Target, WriteOptions, matcher
+from meshlight.kube.status import StatusError, bad_request
+from meshlight.kube.store import CompactedError, Store
+
+VERSION = "v1.32.0+meshlight"
+MAX_BODY = 3 * 1024 * 1024
+AGGREGATED = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList"
+USER: web.RequestKey[User] = web.RequestKey("user", User)
+
+
+def log(message: str, **fields: object) -> None:
+    """One JSON event a line."""
+    print(
+        json.dumps({"ts": time.time(), "level": "info", "msg": message, **fields}), file=sys.stderr
+    )
+
+
+def answer(body: Object, status: int = 200, content_type: str = "application/json") -> web.Response:
+    """A JSON response."""
+    return web.Response(
+        body=orjson.dumps(body), status=status, headers={"Content-Type": content_type}
+    )
+
+
+@web.middleware
+async def guard(request: web.Request, handler: Any) -> web.StreamResponse:
+    """Authenticate, and turn every refusal into a Status."""
+    try:
+        if request.path not in ("/healthz", "/readyz", "/livez"):
+            transport = request.transport
+            request[USER] = from_certificate(
+                transport.get_extra_info("peercert") if transport else None
+            )
+        response: web.StreamResponse = await handler(request)
+        return response
+    except StatusError as error:
+        return answer(error.body(), error.code)
+    except CompactedError as error:
+        return answer(StatusError(410, "Expired", str(error)).body(), 410)
+    except web.HTTPRequestEntityTooLarge:
+        message = f"limit is {MAX_BODY} bytes"
+        return answer(StatusError(413, "RequestEntityTooLarge", message).body(), 413)
+    except web.HTTPException as error:
+        message = "the server could not find the requested resource"
+        reason = "NotFound" if error.status == 404 else "MethodNotAllowed"
+        return answer(StatusError(error.status, reason, message).body(), error.status)
+
+
+class Server:
+    """Routes and handlers over one Rest."""
+
+    def __init__(self, rest: Rest) -> None:
+        self.rest = rest
+        self.catalog = rest.catalog
+
+    def application(self) -> web.Application:
+        """The aiohttp application."""
+        app = web.Application(
+            middlewares=[
+                web.normalize_path_middleware(append_slash=False, remove_slash=True),
+                guard,
+            ],
+            client_max_size=MAX_BODY,
+        )
+        app.router.add_get("/version", self.version)
+        for path in ("/healthz", "/readyz", "/livez"):
+            app.router.add_get(path, self.healthy)
+        app.router.add_get("/api", self.core)
+        app.router.add_get("/apis", self.groups)
+        app.router.add_get("/openapi/v3", self.openapi_index)
+        app.router.add_get("/openapi/v3/{path:.+}", self.openapi_document)
+        app.router.add_route("*", "/api/{version}{rest:(/.*)?}", self.resource)
+        app.router.add_get("/apis/{group}", self.group)
+        app.router.add_route("*", "/apis/{group}/{version}{rest:(/.*)?}", self.resource)
+        return app
+
+    async def version(self, _: web.Request) -> web.Response:
+        """`/version`."""
+        return answer(
+            {"major": "1", "minor": "32", "gitVersion": VERSION, "platform": "linux/amd64"}
+        )
+
+    async def healthy(self, _: web.Request) -> web.Response:
+        """Liveness and readiness: we serve only once the store is open."""
+        return web.Response(text="ok")
+
+    async def core(self, request: web.Request) -> web.Response:
+        """`/api`."""
+        if "APIGroupDiscoveryList" in request.headers.get("Accept", ""):
+            return answer(discovery.aggregated(self.catalog, True), content_type=AGGREGATED)
+        return answer(discovery.api_versions())
+
+    async def groups(self, request: web.Request) -> web.Response:
+        """`/apis`."""
+        if "APIGroupDiscoveryList" in request.headers.get("Accept", ""):
+            return answer(discovery.aggregated(self.catalog, False), content_type=AGGREGATED)
+        return answer(discovery.api_group_list(self.catalog))
+
+    async def group(self, request: web.Request) -> web.Response:
+        """`/apis/GROUP`."""
+        found = discovery.api_group(self.catalog, request.match_info["group"])
+        if found is None:
+            raise web.HTTPNotFound
+        return answer(found)
+
+    async def openapi_index(self, _: web.Request) -> web.Response:
+        """`/openapi/v3`."""
+        return answer(openapi.index(self.catalog))
+
+    async def openapi_document(self, request: web.Request) -> web.Response:
+        """`/openapi/v3/apis/GROUP/VERSION`."""
+        parts = request.match_info["path"].split("/")
+        group, version = (parts[1], parts[2]) if parts[0] == "apis" else ("", parts[1])
+        found = openapi.document(self.catalog, group, version)
+        if found is None:
+            raise web.HTTPNotFound
+        return answer(found)
+
+    def _target(self, request: web.Request) -> Target | None:
+        """Parse a REST path; None for the group-version itself."""
+        group, version = request.match_info.get("group", ""), request.match_info["version"]
+        parts = [p for p in request.match_info["rest"].split("/") if p]
+        if not parts:
+            return None
+        namespace = None
+        if parts[0] == "namespaces" and len(parts) > 2 and parts[2] not in ("status", "finalize"):
+            namespace, parts = parts[1], parts[2:]
+        served = self.catalog.lookup(group, version, parts[0])
+        if served is None or len(parts) > 3 or (namespace and not served.resource.namespaced):
+            raise web.HTTPNotFound
+        name = parts[1] if len(parts) > 1 else ""
+        subresource = parts[2] if len(parts) > 2 else ""
+        if subresource and subresource not in {s.name for s in served.subresources}:
+            raise web.HTTPNotFound
+        return Target(served, namespace, name, subresource)
+
+    async def resource(self, request: web.Request) -> web.StreamResponse:
+        """Every path below a group-version."""
+        target = self._target(request)
+        if target is None:
+            group = request.match_info.get("group", "")
+            found = discovery.api_resource_list(self.catalog, group, request.match_info["version"])
+            if found is None:
+                raise web.HTTPNotFound
+            return answer(found)
+        match request.method:
+            case "GET" if target.name:
+                obj = self.rest.get(target)
+                return answer(self._shown(request, target, [obj], obj))
+            case "GET" if request.query.get("watch") in ("true", "1"):
+                return await self._watch(request, target)
+            case "GET":
+                return self._list(request, target)
+            case "POST":
+                return await self._create(request, target)
+            case "PUT" if target.name:
+                return answer(self.rest.replace(target, await body_of(request), options(request)))
+            case "PATCH" if target.name:
+                patch = await body_of(request)
+                kind = request.content_type
+                return answer(self.rest.patch(target, patch, kind, options(request)))
+            case "DELETE":
+                return await self._delete(request, target)
+        raise web.HTTPMethodNotAllowed(request.method, ["GET", "POST", "PUT", "PATCH", "DELETE"])
+
+    def _list(self, request: web.Request, target: Target) -> web.Response:
+        query = request.query
+        matches = matcher(query.get("labelSelector", ""), query.get("fieldSelector", ""))
+        limit = int(query.get("limit") or 0)
+        version = str(self.rest.store.revision)
+        items, after = self.rest.list(target, matches, limit, query.get("continue", ""))
+        metadata: Object = {"resourceVersion": version}
+        if after:
+            metadata["continue"] = after
+        r = target.served.resource
+        listed = {
+            "kind": f"{r.kind}List", "apiVersion": r.api_version, "metadata": metadata, "items": items,
+        }  # fmt: skip
+        shown = self._shown(request, target, items, listed)
+        shown["metadata"] = metadata
+        return answer(shown)
+
+    def _shown(
+        self, request: web.Request, target: Target, items: list[Object], plain: Object
+    ) -> Object:
+        """`plain`, or the items as a Table when the reader asks for one."""
+        if "as=Table" not in request.headers.get("Accept", ""):
+            return plain
+        include = request.query.get("includeObject", "Metadata")
+        version = plain["metadata"].get("resourceVersion", "")
+        return tables.render(target.served, items, version, include, datetime.now(UTC))
+
+    async def _create(self, request: web.Request, target: Target) -> web.Response:
+        body = await body_of(request)
+        if target.subresource == "binding":
+            self.rest.bind(target, body)
+            return answer({"kind": "Status", "apiVersion": "v1", "status": "Success"}, 201)
+        if target.name:
+            raise web.HTTPMethodNotAllowed("POST", ["GET", "PUT", "PATCH", "DELETE"])
+        if target.served.resource.kind == "SelfSubjectAccessReview":
+            # Every authenticated user of an embedded cluster is its administrator so far.
+            return answer({**body, "status": {"allowed": True}}, 201)
+        return answer(self.rest.create(target, body, options(request)), 201)
+
+    async def _delete(self, request: web.Request, target: Target) -> web.Response:
+        body = await body_of(request) if request.can_read_body else {}
+        if target.name:
+            obj = self.rest.delete(target, body, options(request))
+            details = {
+                "name": target.name,
+                "kind": target.served.resource.plural,
+                "uid": obj["metadata"]["uid"],
+            }
+            return answer({"kind": "Status", "apiVersion": "v1", "metadata": {},
+                           "status": "Success", "details": details})  # fmt: skip
+        query = request.query
+        matches = matcher(query.get("labelSelector", ""), query.get("fieldSelector", ""))
+        items, _ = self.rest.list(target, matches, 0, "")
+        for item in items:
+            metadata = item["metadata"]
+            one = Target(target.served, metadata.get("namespace"), metadata["name"])
+            self.rest.delete(one, body, options(request))
+        return answer({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"})
+
+    async def _watch(self, request: web.Request, target: Target) -> web.StreamResponse:
+        query, served = request.query, target.served
+        selected = matcher(query.get("labelSelector", ""), query.get("fieldSelector", ""))
+        namespace = target.namespace
+
+        def matches(obj: Object) -> bool:
+            return (
+                namespace is None or obj["metadata"].get("namespace") == namespace
+            ) and selected(obj)
+
+        def render(obj: Object) -> Object:
+            self.rest.presented(served, obj)
+            return self._shown(request, target, [obj], obj)
+
+        def bookmark(version: str) -> Object:
+            r = served.resource
+            return {
+                "kind": r.kind,
+                "apiVersion": r.api_version,
+                "metadata": {"resourceVersion": version},
+            }
+
+        since = query.get("resourceVersion") or "0"
+        if not since.isdigit():
+            raise bad_request(f"invalid resource version {since!r}")
+        initial: list[Object] = []
+        start = int(since)
+        if start == 0:
+            start = self.rest.store.revision
+            initial, _ = self.rest.list(target, selected, 0, "")
+        else:
+            next(self.rest.store.changes(served.storage_key, start), None)  # 410 before the headers
+        response = web.StreamResponse(headers={"Content-Type": "application/json"})
+        await response.prepare(request)
+        timeout = float(query.get("timeoutSeconds") or 3600)
+        events = watch.stream(
+            self.rest.store, served.storage_key, start, matches, render,
+            bookmarks=query.get("allowWatchBookmarks") == "true", bookmark=bookmark, initial=initial,
+        )  # fmt: skip
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            async with asyncio.timeout(timeout), contextlib.aclosing(events):  # type: ignore[type-var]
+                async for event in events:
+                    await response.write(event)
+        return response
+
+
+async def body_of(request: web.Request) -> Any:
+    """The request's body as JSON, from JSON, YAML or Kubernetes protobuf. Raises StatusError 400."""
+    raw = await request.read()
+    try:
+        if raw.startswith(protobuf_wire.MAGIC):
+            return protobuf_wire.decode(raw)
+        if request.content_type.endswith("yaml"):
+            return yaml.safe_load(raw)
+        return orjson.loads(raw) if raw else {}
+    except (ValueError, yaml.YAMLError) as error:
+        raise bad_request(f"the body cannot be decoded: {error}") from error
+
+
+def options(request: web.Request) -> WriteOptions:
+    """The options of a write."""
+    return WriteOptions(
+        dry_run=request.query.get("dryRun") == "All",
+        field_validation=request.query.get("fieldValidation", "Warn"),
+        field_manager=request.query.get("fieldManager", ""),
+    )
+
+
+def tls(pki: Path) -> ssl.SSLContext:
+    """Server TLS; client certificates of the cluster's CA are verified when offered."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(pki / "server.crt", pki / "server.key")
+    context.load_verify_locations(pki / "ca.crt")
+    context.verify_mode = ssl.CERT_OPTIONAL
+    return context
+
+
+async def serve(state: Path, listen_fd: int, fabric: str | None) -> None:
+    """Open the store and serve until SIGTERM."""
+    store = Store(state / "store.db")
+    rest = Rest(store, Catalog())
+    bootstrap(rest)
+    runner = web.AppRunner(Server(rest).application(), access_log=None, shutdown_timeout=1)
+    await runner.setup()
+    sockets = [socket.socket(fileno=listen_fd)]
+    if fabric:
+        host, _, port = fabric.rpartition(":")
+        sockets.append(socket.create_server((host, int(port)), backlog=512))
+    context = tls(state / "pki")
+    for listener in sockets:
+        await web.SockSite(runner, listener, ssl_context=context).start()
+    log("serving", revision=store.revision, fabric=fabric)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await stop.wait()
+    await runner.cleanup()
+    store.close()
+
+
+def main() -> None:
+    """Entry point of `python -m meshlight.kube.server`."""
+    parser = argparse.ArgumentParser(description="the Kubernetes API of an embedded cluster")
+    parser.add_argument("--state", required=True, type=Path)
+    parser.add_argument("--listen-fd", required=True, type=int)
+    parser.add_argument("--fabric")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.ERROR)
+    uvloop.run(serve(arguments.state, arguments.listen_fd, arguments.fabric))
+
+
+if __name__ == "__main__":
+    main()
