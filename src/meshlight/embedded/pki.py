@@ -73,13 +73,11 @@ def ensure(state: Path, cluster: str, nodes: list[str], api_port: int) -> None:
             Subject(f"system:node:{node}", "system:nodes"),
             [node, f"172.20.0.{10 + index}"],
         )
-        _write_kubeconfig(pki, pki / f"node-{node}.kubeconfig", cluster, f"node-{node}", FABRIC_SERVER)
-    _write_kubeconfig(
-        pki, pki / "controllers.kubeconfig", cluster, "controllers", FABRIC_SERVER
-    )
-    _write_kubeconfig(
-        pki, state / "kubeconfig", cluster, "admin", f"https://127.0.0.1:{api_port}"
-    )
+        _write_kubeconfig(
+            pki, pki / f"node-{node}.kubeconfig", cluster, f"node-{node}", FABRIC_SERVER
+        )
+    _write_kubeconfig(pki, pki / "controllers.kubeconfig", cluster, "controllers", FABRIC_SERVER)
+    _write_kubeconfig(pki, state / "kubeconfig", cluster, "admin", f"https://127.0.0.1:{api_port}")
     if not (pki / "sa.pub").exists():
         key = ec.generate_private_key(ec.SECP256R1())
         write_private(pki / "sa.key", _key_pem(key))

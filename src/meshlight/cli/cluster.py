@@ -1,0 +1,72 @@
+"""`meshlight up`, `down` and `kubeconfig`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import click
+from rich.console import Console
+
+from meshlight.embedded import launch
+from meshlight.embedded.layout import Layout
+from meshlight.operations import boot
+
+name_option = click.option(
+    "--name", default="cluster-101", show_default=True, metavar="CLUSTER", help="the cluster's name"
+)
+
+
+@click.command()
+@name_option
+@click.option("--nodes", type=click.IntRange(1, 64), help="number of nodes  [default: 6]")
+@click.option(
+    "--api-port",
+    type=click.IntRange(1, 65535),
+    help="loopback port of the API  [default: 6443, or a free one]",
+)
+@click.option("--timeout", default=120.0, show_default=True, help="seconds until giving up")
+def up(name: str, nodes: int | None, api_port: int | None, timeout: float) -> None:
+    """Boot the embedded cluster; says what came up."""
+    console = Console(highlight=False)
+    layout = Layout(name)
+    begun = time.monotonic()
+
+    def progress(part: str) -> None:
+        console.print(f"[green]✓[/green] {part}  [dim]{time.monotonic() - begun:.1f} s[/dim]")
+
+    booted = asyncio.run(boot.up(layout, nodes, api_port, timeout, progress))
+    word = "is up" if booted.started else "is already up"
+    console.print(
+        f"\n[bold]{name}[/bold] {word} ({booted.seconds:.1f} s); API on 127.0.0.1:{booted.record.api_port}"
+    )
+    console.print(f"kubeconfig: {layout.kubeconfig}\n", soft_wrap=True)
+    console.print("Next:")
+    suffix = "" if name == "cluster-101" else f" --name {name}"
+    console.print(f"  export KUBECONFIG=$(meshlight kubeconfig{suffix})", soft_wrap=True)
+    console.print("  kubectl get namespaces -L istio.io/dataplane-mode")
+
+
+@click.command()
+@name_option
+@click.option("--purge", is_flag=True, help="delete its state too: objects, credentials, logs")
+def down(name: str, purge: bool) -> None:
+    """Stop the cluster. Nothing stays behind but its state directory."""
+    layout = Layout(name)
+    if launch.stop(layout, purge=purge):
+        click.echo(
+            f"{name} is down"
+            + (", its state deleted" if purge else f"; its objects stay in {layout.state}")
+        )
+    else:
+        click.echo(f"{name} was not running" + (", its state deleted" if purge else ""))
+
+
+@click.command()
+@name_option
+def kubeconfig(name: str) -> None:
+    """Print the path of the cluster's kubeconfig."""
+    path = Layout(name).kubeconfig
+    if not path.exists():
+        raise click.ClickException(f"no cluster {name} yet: `meshlight up --name {name}` makes it")
+    click.echo(path)

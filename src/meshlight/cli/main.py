@@ -1,0 +1,63 @@
+"""The command line: verbs, and how refusals are shown."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+from rich.console import Console
+
+from meshlight import __version__
+from meshlight.cli.cluster import down, kubeconfig, up
+from meshlight.cli.status import status
+from meshlight.embedded.launch import LaunchError
+from meshlight.kube.client import ApiError, ApiUnreachable
+from meshlight.operations.boot import BootError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="meshlight")
+def cli() -> None:
+    """A Kubernetes API and an Istio-compatible mesh on this machine.
+
+    \b
+    meshlight up                    boot the embedded cluster-101
+    export KUBECONFIG=$(meshlight kubeconfig)
+    kubectl get namespaces          your own kubectl works against it
+    meshlight down                  stop it; nothing stays behind
+    """
+
+
+for verb in (up, down, kubeconfig, status):
+    cli.add_command(verb)
+
+
+def main() -> int:
+    """Run the command line; returns the exit code (0 done, 1 failed, 2 wrong usage)."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as ended:
+        return ended.exit_code
+    except click.Abort:
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except FileNotFoundError as error:
+        return _refuse(
+            f"{error.filename} does not exist; is the cluster up? `meshlight up` boots it"
+        )
+    except ApiUnreachable as error:
+        return _refuse(f"{error}; is the cluster up? `meshlight up` boots it")
+    except (LaunchError, BootError, ApiError) as error:
+        return _refuse(str(error))
+    return 0
+
+
+def _refuse(message: str) -> int:
+    Console(stderr=True, highlight=False).print(f"[red]error:[/red] {message}", soft_wrap=True)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Put cluster-101's objects into a fresh API: custom resources, namespaces, mesh configuration.
+
+Run by the supervisor as a process of its own: `python -m meshlight.embedded.install --kubeconfig F`.
+What exists is brought to the manifest's spec; what users added beside it stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from importlib.resources import files
+
+import yaml
+
+from meshlight.kube.client import ApiError, ApiUnreachable, Client
+from meshlight.kube.resources import CUSTOM_RESOURCE_DEFINITIONS, NAMESPACES, Object, Resource
+
+MANIFESTS = ("istio-crds.yaml", "gateway-api-crds.yaml", "system.yaml")
+COMPLETE = "meshlight.io/installed"
+"""Annotation of namespace kube-system once everything is in."""
+
+
+def manifests() -> list[Object]:
+    """Every object that a cluster starts with, in the order in which they can be created."""
+    folder = files("meshlight.embedded") / "manifests"
+    return [
+        obj
+        for name in MANIFESTS
+        for obj in yaml.load_all(
+            (folder / name).read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        )
+        if obj
+    ]
+
+
+async def _resources(client: Client) -> dict[tuple[str, str], Resource]:
+    """Resource types by (apiVersion, kind), from discovery."""
+    found: dict[tuple[str, str], Resource] = {}
+    groups = await client.request("GET", "/apis")
+    versions = [v["groupVersion"] for g in groups["groups"] for v in g["versions"]]
+    for path, api_version in [("/api/v1", "v1"), *((f"/apis/{v}", v) for v in versions)]:
+        for entry in (await client.request("GET", path))["resources"]:
+            if "/" not in entry["name"]:
+                group, _, version = api_version.rpartition("/")
+                found[api_version, entry["kind"]] = Resource(
+                    group, version, entry["name"], entry["kind"], entry["namespaced"]
+                )
+    return found
+
+
+async def install(client: Client) -> None:
+    """Create what is missing and merge the manifests into what exists. Raises ApiError."""
+    known: dict[tuple[str, str], Resource] = {}
+    for obj in manifests():
+        kind = (obj["apiVersion"], obj["kind"])
+        if kind not in known:
+            known = await _resources(client)
+        resource = known[kind]
+        metadata = obj["metadata"]
+        try:
+            await client.create(resource, obj)
+        except ApiError as error:
+            if error.reason != "AlreadyExists":
+                raise
+            # An upgrade brings new schemas; a user's own settings are the user's.
+            if resource == CUSTOM_RESOURCE_DEFINITIONS:
+                await client.patch(
+                    resource, metadata["name"], {"spec": obj["spec"]}, metadata.get("namespace")
+                )
+    await client.patch(NAMESPACES, "kube-system", {"metadata": {"annotations": {COMPLETE: "true"}}})
+
+
+async def run(kubeconfig: str) -> None:
+    """Wait for the API, then install."""
+    async with Client.from_kubeconfig(kubeconfig) as client:
+        while True:
+            try:
+                await client.request("GET", "/readyz")
+                break
+            except ApiUnreachable:
+                await asyncio.sleep(0.05)
+            except ApiError:
+                break
+        await install(client)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description="install cluster-101's objects")
+    parser.add_argument("--kubeconfig", required=True)
+    asyncio.run(run(parser.parse_args().kubeconfig))
+
+
+if __name__ == "__main__":
+    main()
