@@ -31,19 +31,15 @@ down: ## stop it; leaves nothing behind
 	@test -x $(BIN)/meshlight && $(BIN)/meshlight down || echo "nothing installed, nothing running"
 
 test: setup ## every test: unit, real cluster, Rust
-	cd ztunnel && cargo test --release -q
 	$(BIN)/pytest -n 2 --dist loadgroup
 
 check: setup ## formatters, linters, type checkers
-	$(BIN)/ruff format --check src tests bench build_backend
-	$(BIN)/ruff check src tests bench build_backend
+	$(BIN)/ruff format --check src tests build_backend
+	$(BIN)/ruff check src tests build_backend
 	$(BIN)/mypy
 	cd ztunnel && cargo fmt --check && cargo clippy --release -q -- -D warnings
-
-bench: setup ## benchmarks; they print ratios and assert nothing
-	$(BIN)/python bench/l4.py
 
 docs: ## where the documentation is
 	@ls README.md CONTRIBUTING.md docs/*.md docs/adr/*.md
 
-.PHONY: help setup tools up down test check bench docs
+.PHONY: help setup tools up down test check docs

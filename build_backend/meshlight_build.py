@@ -22,8 +22,14 @@ def generate() -> None:
     OUT.mkdir(exist_ok=True)
     (OUT / "__init__.py").write_text('"""Protobuf modules generated at build time."""\n')
     for source in sorted((ROOT / "proto").glob("*.proto")):
-        arguments = ["protoc", f"-I{ROOT / 'proto'}", f"-I{_well_known_types()}",
-                     f"--python_out={OUT}", f"--pyi_out={OUT}", str(source)]
+        arguments = [
+            "protoc",
+            f"-I{ROOT / 'proto'}",
+            f"-I{_well_known_types()}",
+            f"--python_out={OUT}",
+            f"--pyi_out={OUT}",
+            str(source),
+        ]
         if protoc.main(arguments) != 0:
             raise RuntimeError(f"protoc failed on {source.name}")
     for module in OUT.glob("*_pb2.py*"):

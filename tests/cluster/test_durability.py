@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,10 +28,6 @@ def processes(of: str) -> list[int]:
 
 
 def test_objects_survive_kill_9_of_the_api_server(cluster: Cluster, namespace: str) -> None:
-    before = {
-        p["metadata"]["uid"]: p["status"]["containerStatuses"][0]["restartCount"]
-        for p in cluster.get("pods", "-n", "istio-system")["items"]
-    }
     for number in range(20):
         cluster.kubectl("create", "configmap", f"kept-{number}", "-n", namespace)
     (server,) = [
@@ -48,11 +43,6 @@ def test_objects_survive_kill_9_of_the_api_server(cluster: Cluster, namespace: s
     )
     names = {c["metadata"]["name"] for c in cluster.get("configmaps", "-n", namespace)["items"]}
     assert {f"kept-{n}" for n in range(20)} <= names
-    after = {
-        p["metadata"]["uid"]: p["status"]["containerStatuses"][0]["restartCount"]
-        for p in cluster.get("pods", "-n", "istio-system")["items"]
-    }
-    assert after == before
 
 
 def test_a_second_cluster_of_the_same_name_is_not_made(cluster: Cluster) -> None:
@@ -61,9 +51,7 @@ def test_a_second_cluster_of_the_same_name_is_not_made(cluster: Cluster) -> None
     assert "Traceback" not in answer
 
 
-def test_a_port_in_use_is_a_clear_error_and_nothing_is_half_made(
-    tmp_path: Path, cluster: Cluster
-) -> None:
+def test_a_port_in_use_is_a_clear_error_and_nothing_is_half_made(tmp_path: Path, cluster: Cluster) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         other = Cluster("other", tmp_path)
@@ -71,44 +59,6 @@ def test_a_port_in_use_is_a_clear_error_and_nothing_is_half_made(
         assert str(port) in answer and "in use" in answer
         assert "Traceback" not in answer
     assert not processes(str(tmp_path))
-
-
-def test_run_launches_a_program_as_a_workload(cluster: Cluster, namespace: str) -> None:
-    cluster.meshlight(
-        "--help",
-    )
-    answer = cluster.meshlight(
-        "run",
-        "--cluster",
-        cluster.name,
-        "--name",
-        "web",
-        "-n",
-        namespace,
-        "--port",
-        "8000",
-        "--",
-        sys.executable,
-        "-m",
-        "http.server",
-        "8000",
-    )
-    assert "web" in answer
-    assert cluster.get("deploy", "web", "-n", namespace)["status"]["readyReplicas"] == 1
-    assert cluster.get("svc", "web", "-n", namespace)["spec"]["ports"][0]["port"] == 8000
-    refused = cluster.meshlight(
-        "run",
-        "--cluster",
-        cluster.name,
-        "--name",
-        "none",
-        "-n",
-        namespace,
-        "--",
-        "/no/such/program",
-        check=False,
-    )
-    assert "/no/such/program" in refused and "Traceback" not in refused
 
 
 def test_down_leaves_nothing_and_up_again_keeps_the_objects(tmp_path: Path) -> None:

@@ -55,8 +55,7 @@ def down(name: str, purge: bool) -> None:
     layout = Layout(name)
     if launch.stop(layout, purge=purge):
         click.echo(
-            f"{name} is down"
-            + (", its state deleted" if purge else f"; its objects stay in {layout.state}")
+            f"{name} is down" + (", its state deleted" if purge else f"; its objects stay in {layout.state}")
         )
     else:
         click.echo(f"{name} was not running" + (", its state deleted" if purge else ""))

@@ -44,9 +44,7 @@ def main() -> int:
         error.show()
         return error.exit_code
     except FileNotFoundError as error:
-        return _refuse(
-            f"{error.filename} does not exist; is the cluster up? `meshlight up` boots it"
-        )
+        return _refuse(f"{error.filename} does not exist; is the cluster up? `meshlight up` boots it")
     except ApiUnreachable as error:
         return _refuse(f"{error}; is the cluster up? `meshlight up` boots it")
     except (LaunchError, BootError, ApiError) as error:

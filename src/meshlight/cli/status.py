@@ -31,9 +31,7 @@ def status(name: str, output: str) -> None:
     if not found["running"]:
         console.print(f"{name} is not running; `meshlight up` boots it")
         return
-    console.print(
-        f"[bold]{name}[/bold]  API {found['api']}  nodes {len(found['nodes'])}  pods {found['pods']}"
-    )
+    console.print(f"[bold]{name}[/bold]  API {found['api']}  nodes {len(found['nodes'])}  pods {found['pods']}")
     table = Table(box=None, pad_edge=False)
     table.add_column("NAMESPACE")
     table.add_column("DATAPLANE-MODE")

@@ -25,7 +25,8 @@ def cluster_ca(kubeconfig: str) -> str:
     cluster = yaml.safe_load(path.read_text())["clusters"][0]["cluster"]
     if "certificate-authority-data" in cluster:
         return base64.b64decode(cluster["certificate-authority-data"]).decode()
-    return (path.parent / cluster["certificate-authority"]).read_text()
+    authority: str = cluster["certificate-authority"]
+    return (path.parent / authority).read_text()
 
 
 async def serve(kubeconfig: str) -> None:

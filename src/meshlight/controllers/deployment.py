@@ -71,11 +71,7 @@ class Deployments:
         text = json.dumps(spec["template"], sort_keys=True).encode()
         digest = hashlib.sha256(text).hexdigest()[:10]
         name = f"{key[1]}-{digest}"
-        mine = [
-            s
-            for s in self.sets.objects.values()
-            if (controller_of(s) or {}).get("uid") == meta["uid"]
-        ]
+        mine = [s for s in self.sets.objects.values() if (controller_of(s) or {}).get("uid") == meta["uid"]]
         fresh = next((s for s in mine if s["metadata"]["name"] == name), None)
         olds = [s for s in mine if s is not fresh]
         wanted = spec.get("replicas", 1)
@@ -129,9 +125,7 @@ class Deployments:
             if error.code != 409:
                 raise
 
-    async def _write_status(
-        self, item: Object, mine: list[Object], fresh: Object | None, wanted: int
-    ) -> None:
+    async def _write_status(self, item: Object, mine: list[Object], fresh: Object | None, wanted: int) -> None:
         ready = sum(s.get("status", {}).get("readyReplicas", 0) for s in mine)
         status = {
             "observedGeneration": item["metadata"].get("generation", 0),

@@ -124,6 +124,4 @@ class ReplicaSets:
         }
         known = owner.get("status") or {}
         if any(known.get(k, 0) != v for k, v in status.items()):
-            await self.client.patch(
-                REPLICA_SETS, key[1], {"status": status}, key[0], subresource="status"
-            )
+            await self.client.patch(REPLICA_SETS, key[1], {"status": status}, key[0], subresource="status")

@@ -49,6 +49,4 @@ class WorkQueue:
                 count = self._failures.get(key, 0)
                 self._failures[key] = count + 1
                 log("warning", "reconcile failed", queue=self.name, key=key, error=str(error))
-                asyncio.get_running_loop().call_later(
-                    min(0.1 * 2 ** min(count, 9), 30), self.add, key
-                )
+                asyncio.get_running_loop().call_later(min(0.1 * 2 ** min(count, 9), 30), self.add, key)

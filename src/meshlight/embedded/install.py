@@ -26,26 +26,9 @@ def manifests() -> list[Object]:
     return [
         obj
         for name in MANIFESTS
-        for obj in yaml.load_all(
-            (folder / name).read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        )
+        for obj in yaml.load_all((folder / name).read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         if obj
     ]
-
-
-async def _resources(client: Client) -> dict[tuple[str, str], Resource]:
-    """Resource types by (apiVersion, kind), from discovery."""
-    found: dict[tuple[str, str], Resource] = {}
-    groups = await client.request("GET", "/apis")
-    versions = [v["groupVersion"] for g in groups["groups"] for v in g["versions"]]
-    for path, api_version in [("/api/v1", "v1"), *((f"/apis/{v}", v) for v in versions)]:
-        for entry in (await client.request("GET", path))["resources"]:
-            if "/" not in entry["name"]:
-                group, _, version = api_version.rpartition("/")
-                found[api_version, entry["kind"]] = Resource(
-                    group, version, entry["name"], entry["kind"], entry["namespaced"]
-                )
-    return found
 
 
 async def install(client: Client) -> None:
@@ -54,7 +37,7 @@ async def install(client: Client) -> None:
     for obj in manifests():
         kind = (obj["apiVersion"], obj["kind"])
         if kind not in known:
-            known = await _resources(client)
+            known = {(r.api_version, r.kind): r for r in await client.discover()}
         resource = known[kind]
         metadata = obj["metadata"]
         try:
@@ -64,9 +47,7 @@ async def install(client: Client) -> None:
                 raise
             # An upgrade brings new schemas; a user's own settings are the user's.
             if resource == CUSTOM_RESOURCE_DEFINITIONS:
-                await client.patch(
-                    resource, metadata["name"], {"spec": obj["spec"]}, metadata.get("namespace")
-                )
+                await client.patch(resource, metadata["name"], {"spec": obj["spec"]}, metadata.get("namespace"))
     await client.patch(NAMESPACES, "kube-system", {"metadata": {"annotations": {COMPLETE: "true"}}})
 
 

@@ -70,9 +70,7 @@ class Record:
 
     def running(self) -> bool:
         """Whether the recorded supervisor is the process that now has its pid."""
-        return (
-            self.supervisor_pid > 0 and start_time(self.supervisor_pid) == self.supervisor_started
-        )
+        return self.supervisor_pid > 0 and start_time(self.supervisor_pid) == self.supervisor_started
 
 
 def start_time(pid: int) -> int:

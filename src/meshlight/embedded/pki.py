@@ -73,9 +73,7 @@ def ensure(state: Path, cluster: str, nodes: list[str], api_port: int) -> None:
             Subject(f"system:node:{node}", "system:nodes"),
             [node, f"172.20.0.{10 + index}"],
         )
-        _write_kubeconfig(
-            pki, pki / f"node-{node}.kubeconfig", cluster, f"node-{node}", FABRIC_SERVER
-        )
+        _write_kubeconfig(pki, pki / f"node-{node}.kubeconfig", cluster, f"node-{node}", FABRIC_SERVER)
     _write_kubeconfig(pki, pki / "controllers.kubeconfig", cluster, "controllers", FABRIC_SERVER)
     _write_kubeconfig(pki, state / "kubeconfig", cluster, "admin", f"https://127.0.0.1:{api_port}")
     if not (pki / "sa.pub").exists():
@@ -115,9 +113,7 @@ class _Authority:
             _builder(name, name, key.public_key())
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
             .add_extension(_key_usage(authority=True), critical=True)
-            .add_extension(
-                x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
-            )
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
             .sign(key, hashes.SHA256())
         )
         write_private(folder / "ca.key", _key_pem(key))
@@ -151,9 +147,7 @@ class _Authority:
         path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
 
-def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey
-) -> x509.CertificateBuilder:
+def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()

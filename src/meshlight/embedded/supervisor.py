@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -72,40 +73,25 @@ def prepare_namespaces(name: str) -> None:
 class Supervisor:
     """Keeps the parts running until SIGTERM."""
 
-    def __init__(self, layout: Layout, nodes: int, listen_fd: int) -> None:
+    def __init__(self, layout: Layout, listen_fd: int) -> None:
         self.layout = layout
         self.stopping = asyncio.Event()
+        self.ended = asyncio.Event()
         state = layout.state
-        module = [sys.executable, "-m"]
+        credentials = str(state / "pki" / "controllers.kubeconfig")
+
+        def module(name: str, *arguments: str) -> list[str]:
+            return [sys.executable, "-m", name, *arguments]
+
+        serving = ["--listen-fd", str(listen_fd), "--fabric", f"{FABRIC_ADDRESS}:{API_PORT}"]
         self.api = Part(
-            "apiserver",
-            [*module, "meshlight.kube.server", "--state", str(state)]
-            + ["--listen-fd", str(listen_fd), "--fabric", f"{FABRIC_ADDRESS}:{API_PORT}"],
-            pass_fds=(listen_fd,),
+            "apiserver", module("meshlight.kube.server", "--state", str(state), *serving), (listen_fd,)
         )
-        controllers = Part(
-            "controllers",
-            [*module, "meshlight.controllers", "--kubeconfig"]
-            + [str(state / "pki" / "controllers.kubeconfig")],
-        )
-        installer = Part(
-            "install",
-            [*module, "meshlight.embedded.install", "--kubeconfig"]
-            + [str(state / "pki" / "controllers.kubeconfig")],
-        )
+        controllers = Part("controllers", module("meshlight.controllers", "--kubeconfig", credentials))
+        installer = Part("install", module("meshlight.embedded.install", "--kubeconfig", credentials))
         self.once = {installer.name}
         self.parts = [controllers, installer]
-        for index, node in enumerate(layout.node_names(nodes), start=1):
-            self.parts.append(
-                Part(
-                    f"node-{node}",
-                    [*module, "meshlight.node", "--name", node, "--index", str(index)]
-                    + ["--kubeconfig", str(state / "pki" / f"node-{node}.kubeconfig")]
-                    + ["--state", str(state)],
-                )
-            )
         self.by_pid: dict[int, Part] = {}
-        self.timers: set[asyncio.TimerHandle] = set()
 
     async def run(self) -> None:
         """Start everything, supervise, and stop in order at SIGTERM or SIGINT."""
@@ -152,6 +138,7 @@ class Supervisor:
                 (RUN / "exits" / str(pid)).write_text(str(code))
                 continue
             part.pid = 0
+            self.ended.set()
             log("part ended", part=part.name, exit_code=code)
             if self.stopping.is_set() or (part.name in self.once and code == 0):
                 continue
@@ -159,17 +146,17 @@ class Supervisor:
             asyncio.get_running_loop().call_later(delay, self._start, part)
 
     async def _stop(self) -> None:
-        """Node agents first (they stop pods), then the rest; the kernel ends what is left."""
+        """Readers first, the API last; the kernel ends what is left after the grace."""
         log("stopping")
-        nodes = [p for p in self.parts if p.name.startswith("node-")]
-        others = [p for p in self.parts if not p.name.startswith("node-")]
-        for group in (nodes, [*others, self.api]):
+        for group in (self.parts, [self.api]):
             for part in group:
                 if part.pid:
                     os.kill(part.pid, signal.SIGTERM)
-            deadline = time.monotonic() + STOP_GRACE
-            while any(p.pid for p in group) and time.monotonic() < deadline:
-                await asyncio.sleep(0.01)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STOP_GRACE):
+                    while any(part.pid for part in group):
+                        self.ended.clear()
+                        await self.ended.wait()
         log("stopped")
 
 
@@ -178,12 +165,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="pid 1 of an embedded cluster")
     parser.add_argument("--name", required=True)
     parser.add_argument("--state", required=True, type=Path)
-    parser.add_argument("--nodes", required=True, type=int)
     parser.add_argument("--listen-fd", required=True, type=int)
     arguments = parser.parse_args()
     os.environ["MESHLIGHT_HOME"] = str(arguments.state.parent.parent)
     prepare_namespaces(arguments.name)
-    supervisor = Supervisor(Layout(arguments.name), arguments.nodes, arguments.listen_fd)
+    supervisor = Supervisor(Layout(arguments.name), arguments.listen_fd)
     asyncio.run(supervisor.run())
 
 

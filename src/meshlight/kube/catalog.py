@@ -69,9 +69,7 @@ def _builtin(
     subresources = []
     for name in sub.split():
         if name == "scale":
-            subresources.append(
-                Subresource("scale", ("get", "patch", "update"), "Scale", "autoscaling", "v1")
-            )
+            subresources.append(Subresource("scale", ("get", "patch", "update"), "Scale", "autoscaling", "v1"))
         elif name in ("status", "finalize"):
             subresources.append(Subresource(name, ("get", "patch", "update"), kind, group, version))
         else:
@@ -156,9 +154,7 @@ class Catalog:
     def remove_crd(self, crd: Object) -> None:
         """Stop serving a CustomResourceDefinition's types."""
         spec = crd["spec"]
-        for key in [
-            k for k in self._types if (k[0], k[2]) == (spec["group"], spec["names"]["plural"])
-        ]:
+        for key in [k for k in self._types if (k[0], k[2]) == (spec["group"], spec["names"]["plural"])]:
             del self._types[key]
 
 
@@ -170,9 +166,7 @@ def _crd_types(crd: Object) -> Iterable[ResourceType]:
         group, number = spec["group"], version["name"]
         subresources = []
         if "status" in (version.get("subresources") or {}):
-            subresources.append(
-                Subresource("status", ("get", "patch", "update"), names["kind"], group, number)
-            )
+            subresources.append(Subresource("status", ("get", "patch", "update"), names["kind"], group, number))
         yield ResourceType(
             Resource(group, number, names["plural"], names["kind"], spec["scope"] == "Namespaced"),
             names.get("singular") or names["kind"].lower(),

@@ -12,7 +12,7 @@ import contextlib
 import os
 import ssl
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -66,7 +66,7 @@ class WatchEvent:
 
 @dataclass
 class Client:
-    """A connection to one API server. Create by a classmethod; close with `close()` or `async with`."""
+    """A connection to one API server; made by a classmethod, closed by `close()` or `async with`."""
 
     server: str
     ssl_context: ssl.SSLContext
@@ -147,7 +147,7 @@ class Client:
         *,
         params: dict[str, str] | None = None,
         content_type: str = "application/json",
-        timeout: float = 60,
+        timeout: float = 60,  # noqa: ASYNC109 - a bound on one request, as aiohttp names it
     ) -> Object:
         """One JSON request; returns the decoded answer. Raises ApiError or ApiUnreachable."""
         headers = self._headers()
@@ -167,18 +167,14 @@ class Client:
                 raw = await response.read()
                 status = response.status
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise ApiUnreachable(
-                f"no answer from the API server at {self.server}: {error}"
-            ) from error
+            raise ApiUnreachable(f"no answer from the API server at {self.server}: {error}") from error
         try:
-            answer = orjson.loads(raw) if raw else {}
+            answer: Object = orjson.loads(raw) if raw else {}
         except orjson.JSONDecodeError:
             answer = {"message": raw.decode(errors="replace")}
         if status >= 400:
-            raise ApiError(
-                status, answer.get("reason", ""), answer.get("message", f"HTTP {status}")
-            )
-        return answer  # type: ignore[no-any-return]
+            raise ApiError(status, answer.get("reason", ""), answer.get("message", f"HTTP {status}"))
+        return answer
 
     async def get(self, resource: Resource, name: str, namespace: str | None = None) -> Object:
         """Read one object."""
@@ -224,9 +220,7 @@ class Client:
         path = resource.path(namespace, name) + (f"/{subresource}" if subresource else "")
         return await self.request("PATCH", path, patch, content_type=content_type)
 
-    async def apply(
-        self, resource: Resource, obj: Object, *, field_manager: str, force: bool = True
-    ) -> Object:
+    async def apply(self, resource: Resource, obj: Object, *, field_manager: str, force: bool = True) -> Object:
         """Server-side apply."""
         return await self.request(
             "PATCH",
@@ -254,6 +248,19 @@ class Client:
             if error.code != 404:
                 raise
 
+    async def discover(self, verb: str = "list") -> tuple[Resource, ...]:
+        """Resource types that the API serves with a verb, one for each served version."""
+        groups = await self.request("GET", "/apis")
+        versions = ["v1", *(v["groupVersion"] for g in groups["groups"] for v in g["versions"])]
+        found = []
+        for api_version in versions:
+            group, _, version = api_version.rpartition("/")
+            path = f"/apis/{api_version}" if group else f"/api/{version}"
+            for entry in (await self.request("GET", path))["resources"]:
+                if "/" not in entry["name"] and verb in entry["verbs"]:
+                    found.append(Resource(group, version, entry["name"], entry["kind"], entry["namespaced"]))
+        return tuple(found)
+
     async def watch(
         self,
         resource: Resource,
@@ -261,7 +268,7 @@ class Client:
         *,
         label_selector: str = "",
         field_selector: str = "",
-    ) -> AsyncIterator[WatchEvent]:
+    ) -> AsyncGenerator[WatchEvent, None]:
         """List, then follow for ever, reconnecting by itself.
 
         Yields ADDED for what exists, SYNCED once the list is complete, then changes. After a gap
@@ -288,9 +295,7 @@ class Client:
                     known[key] = item
                     if before is None:
                         yield WatchEvent("ADDED", item)
-                    elif before["metadata"].get("resourceVersion") != item["metadata"].get(
-                        "resourceVersion"
-                    ):
+                    elif before["metadata"].get("resourceVersion") != item["metadata"].get("resourceVersion"):
                         yield WatchEvent("MODIFIED", item)
                 if not synced:
                     synced = True
@@ -335,9 +340,7 @@ class Client:
             ) as response:
                 if response.status >= 400:
                     status = orjson.loads(await response.read())
-                    raise ApiError(
-                        response.status, status.get("reason", ""), status.get("message", "")
-                    )
+                    raise ApiError(response.status, status.get("reason", ""), status.get("message", ""))
                 async for line in _lines(response.content):
                     event = orjson.loads(line)
                     if event["type"] == "ERROR":
@@ -403,9 +406,7 @@ class Cache:
 
     async def run(self) -> None:
         """Follow the collection until cancelled."""
-        async with contextlib.aclosing(
-            self.client.watch(self.resource, **self.selectors)
-        ) as events:  # type: ignore[arg-type]
+        async with contextlib.aclosing(self.client.watch(self.resource, **self.selectors)) as events:
             async for event in events:
                 if event.type == "SYNCED":
                     self.synced.set()

@@ -34,9 +34,7 @@ def check_type(served: ResourceType, obj: Any, namespace: str | None) -> None:
     r = served.resource
     for field, expected in (("apiVersion", r.api_version), ("kind", r.kind)):
         if obj.setdefault(field, expected) != expected:
-            raise bad_request(
-                f"{obj[field]} in {field} does not match the path, which takes {expected}"
-            )
+            raise bad_request(f"{obj[field]} in {field} does not match the path, which takes {expected}")
     metadata = obj.setdefault("metadata", {})
     if r.namespaced and metadata.setdefault("namespace", namespace) != namespace:
         raise bad_request(
@@ -165,9 +163,7 @@ def update(served: ResourceType, old: Object, obj: Object, subresource: str) -> 
         return updated
     metadata = obj["metadata"]
     if metadata.get("uid") not in (None, old["metadata"]["uid"]):
-        raise StatusError(
-            409, "Conflict", "Precondition failed: UID in precondition does not match"
-        )
+        raise StatusError(409, "Conflict", "Precondition failed: UID in precondition does not match")
     for field in _SYSTEM_FIELDS:
         metadata.pop(field, None)
         if field in old["metadata"]:
@@ -177,26 +173,18 @@ def update(served: ResourceType, old: Object, obj: Object, subresource: str) -> 
         if "status" in old:
             obj["status"] = old["status"]
     ignored = ("metadata", "status")
-    if {k: v for k, v in obj.items() if k not in ignored} != {
-        k: v for k, v in old.items() if k not in ignored
-    }:
+    if {k: v for k, v in obj.items() if k not in ignored} != {k: v for k, v in old.items() if k not in ignored}:
         metadata["generation"] = old["metadata"].get("generation", 1) + 1
     return obj
 
 
 def apply_defaults(served: ResourceType, obj: Object) -> None:
     """Defaults of built-in kinds that readers rely on."""
-    spec = (
-        obj.setdefault("spec", {})
-        if served.resource.kind in ("Namespace", "Pod", "Service")
-        else {}
-    )
+    spec = obj.setdefault("spec", {}) if served.resource.kind in ("Namespace", "Pod", "Service") else {}
     match served.resource.kind:
         case "Namespace":
             spec.setdefault("finalizers", ["kubernetes"])
-            obj["metadata"].setdefault("labels", {})["kubernetes.io/metadata.name"] = obj[
-                "metadata"
-            ]["name"]
+            obj["metadata"].setdefault("labels", {})["kubernetes.io/metadata.name"] = obj["metadata"]["name"]
             obj.setdefault("status", {"phase": "Active"})
         case "Secret":
             obj.setdefault("type", "Opaque")

@@ -20,9 +20,7 @@ def index(catalog: Catalog) -> Object:
 
 def document(catalog: Catalog, group: str, version: str) -> Object | None:
     """The document of one group-version, or None when it is not served."""
-    types = [
-        t for t in catalog.types() if (t.resource.group, t.resource.version) == (group, version)
-    ]
+    types = [t for t in catalog.types() if (t.resource.group, t.resource.version) == (group, version)]
     if not types:
         return None
     paths: Object = {}

@@ -164,9 +164,7 @@ def _merge_key(name: str, elements: list[Any]) -> str | None:
     return MERGE_KEYS.get(name) if objects or not elements else None
 
 
-def _merge_list(
-    name: str, target: list[Any], patch: list[Any], order: list[Any] | None
-) -> list[Any]:
+def _merge_list(name: str, target: list[Any], patch: list[Any], order: list[Any] | None) -> list[Any]:
     if any(isinstance(e, dict) and e.get("$patch") == "replace" for e in patch):
         return [copy.deepcopy(e) for e in patch if e.get("$patch") != "replace"]
     key = _merge_key(name, patch or target)

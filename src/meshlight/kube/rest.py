@@ -13,7 +13,7 @@ from typing import Any
 from meshlight.kube import objects, patch
 from meshlight.kube.catalog import Catalog, ResourceType
 from meshlight.kube.resources import Object
-from meshlight.kube.selectors import fields, labels
+from meshlight.kube.selectors import Predicate, fields, labels
 from meshlight.kube.status import (
     StatusError,
     already_exists,
@@ -52,7 +52,7 @@ class WriteOptions:
     field_manager: str = ""
 
 
-def matcher(label_selector: str, field_selector: str) -> Any:
+def matcher(label_selector: str, field_selector: str) -> Predicate:
     """A predicate of objects for both selectors. Raises StatusError 400."""
     try:
         by_label, by_field = labels(label_selector), fields(field_selector)
@@ -83,9 +83,7 @@ class Rest:
         obj = self.presented(target.served, obj)
         return _scale(obj) if target.subresource == "scale" else obj
 
-    def list(
-        self, target: Target, matches: Any, limit: int, after: str
-    ) -> tuple[list[Object], str]:
+    def list(self, target: Target, matches: Predicate, limit: int, after: str) -> tuple[list[Object], str]:
         """Matching objects, and the continue token when there are more than `limit` (0: all)."""
         found: list[Object] = []
         for obj in self.store.list(target.served.storage_key, target.namespace, after):
@@ -173,11 +171,7 @@ class Rest:
         metadata = obj["metadata"]
         grace = self._grace(obj, body)
         kind = target.served.resource.kind
-        if (
-            metadata.get("finalizers")
-            or grace
-            or (kind == "Namespace" and obj["spec"]["finalizers"])
-        ):
+        if metadata.get("finalizers") or grace or (kind == "Namespace" and obj["spec"]["finalizers"]):
             if "deletionTimestamp" not in metadata:
                 metadata["deletionTimestamp"] = objects.now()
                 metadata["deletionGracePeriodSeconds"] = grace
@@ -198,12 +192,8 @@ class Rest:
         if pod["spec"].get("nodeName"):
             raise StatusError(409, "Conflict", f"pod {target.name} is already assigned to a node")
         pod["spec"]["nodeName"] = binding["target"]["name"]
-        conditions = [
-            c for c in pod["status"].get("conditions") or [] if c["type"] != "PodScheduled"
-        ]
-        conditions.append(
-            {"type": "PodScheduled", "status": "True", "lastTransitionTime": objects.now()}
-        )
+        conditions = [c for c in pod["status"].get("conditions") or [] if c["type"] != "PodScheduled"]
+        conditions.append({"type": "PodScheduled", "status": "True", "lastTransitionTime": objects.now()})
         pod["status"]["conditions"] = conditions
         self.store.write(target.key, pod, int(pod["metadata"]["resourceVersion"]))
 
@@ -246,9 +236,7 @@ class Rest:
                 ):
                     for instance in list(self.store.list(served.storage_key)):
                         metadata = instance["metadata"]
-                        key = Key(
-                            served.storage_key, metadata.get("namespace", ""), metadata["name"]
-                        )
+                        key = Key(served.storage_key, metadata.get("namespace", ""), metadata["name"])
                         self.store.delete(key, instance)
             self.catalog.remove_crd(obj)
         self.store.delete(target.key, obj)

@@ -42,16 +42,12 @@ USER: web.RequestKey[User] = web.RequestKey("user", User)
 
 def log(message: str, **fields: object) -> None:
     """One JSON event a line."""
-    print(
-        json.dumps({"ts": time.time(), "level": "info", "msg": message, **fields}), file=sys.stderr
-    )
+    print(json.dumps({"ts": time.time(), "level": "info", "msg": message, **fields}), file=sys.stderr)
 
 
 def answer(body: Object, status: int = 200, content_type: str = "application/json") -> web.Response:
     """A JSON response."""
-    return web.Response(
-        body=orjson.dumps(body), status=status, headers={"Content-Type": content_type}
-    )
+    return web.Response(body=orjson.dumps(body), status=status, headers={"Content-Type": content_type})
 
 
 @web.middleware
@@ -60,9 +56,7 @@ async def guard(request: web.Request, handler: Any) -> web.StreamResponse:
     try:
         if request.path not in ("/healthz", "/readyz", "/livez"):
             transport = request.transport
-            request[USER] = from_certificate(
-                transport.get_extra_info("peercert") if transport else None
-            )
+            request[USER] = from_certificate(transport.get_extra_info("peercert") if transport else None)
         response: web.StreamResponse = await handler(request)
         return response
     except StatusError as error:
@@ -108,9 +102,7 @@ class Server:
 
     async def version(self, _: web.Request) -> web.Response:
         """`/version`."""
-        return answer(
-            {"major": "1", "minor": "32", "gitVersion": VERSION, "platform": "linux/amd64"}
-        )
+        return answer({"major": "1", "minor": "32", "gitVersion": VERSION, "platform": "linux/amd64"})
 
     async def healthy(self, _: web.Request) -> web.Response:
         """Liveness and readiness: we serve only once the store is open."""
@@ -212,9 +204,7 @@ class Server:
         shown["metadata"] = metadata
         return answer(shown)
 
-    def _shown(
-        self, request: web.Request, target: Target, items: list[Object], plain: Object
-    ) -> Object:
+    def _shown(self, request: web.Request, target: Target, items: list[Object], plain: Object) -> Object:
         """`plain`, or the items as a Table when the reader asks for one."""
         if "as=Table" not in request.headers.get("Accept", ""):
             return plain
@@ -260,9 +250,7 @@ class Server:
         namespace = target.namespace
 
         def matches(obj: Object) -> bool:
-            return (
-                namespace is None or obj["metadata"].get("namespace") == namespace
-            ) and selected(obj)
+            return (namespace is None or obj["metadata"].get("namespace") == namespace) and selected(obj)
 
         def render(obj: Object) -> Object:
             self.rest.presented(served, obj)

@@ -76,9 +76,7 @@ def invalid(group: str, kind: str, name: str, causes: list[Cause]) -> StatusErro
     sentences = [f"{c.field}: {c.message}" for c in causes]
     listed = sentences[0] if len(sentences) == 1 else "[" + ", ".join(sentences) + "]"
     details = _details(group, kind, name)
-    details["causes"] = [
-        {"reason": c.reason, "message": c.message, "field": c.field} for c in causes
-    ]
+    details["causes"] = [{"reason": c.reason, "message": c.message, "field": c.field} for c in causes]
     message = f'{_qualified(kind, group)} "{name}" is invalid: {listed}'
     return StatusError(422, "Invalid", message, details)
 

@@ -96,9 +96,7 @@ class Store:
         ).fetchone()
         return orjson.loads(row[0]) if row else None
 
-    def list(
-        self, resource: str, namespace: str | None = None, after: str = ""
-    ) -> Iterator[Object]:
+    def list(self, resource: str, namespace: str | None = None, after: str = "") -> Iterator[Object]:
         """Objects of a resource in (namespace, name) order, beyond the `namespace/name` in `after`."""
         query = "SELECT body FROM objects WHERE resource=?"
         parameters: list[str] = [resource]

@@ -205,9 +205,7 @@ def pod_status(pod: Object) -> tuple[str, str, str]:
 
 
 def _node_status(node: Object, _: datetime) -> str:
-    conditions = {
-        c["type"]: c["status"] for c in (node.get("status") or {}).get("conditions") or []
-    }
+    conditions = {c["type"]: c["status"] for c in (node.get("status") or {}).get("conditions") or []}
     words = ["Ready" if conditions.get("Ready") == "True" else "NotReady"]
     if "Ready" not in conditions:
         words = ["Unknown"]

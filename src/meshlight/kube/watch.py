@@ -82,9 +82,7 @@ async def stream(
         unsubscribe()
 
 
-def _event(
-    change: Change, matches: Matches, render: Render, seen: set[tuple[str, str]]
-) -> bytes | None:
+def _event(change: Change, matches: Matches, render: Render, seen: set[tuple[str, str]]) -> bytes | None:
     obj = change.object
     key = (change.key.namespace, change.key.name)
     if change.type == "DELETED":
