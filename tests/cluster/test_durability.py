@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -80,3 +84,13 @@ def test_down_leaves_nothing_and_up_again_keeps_the_objects(tmp_path: Path) -> N
     finally:
         made.meshlight("down", "--name", "short", "--purge", check=False)
     assert not (tmp_path / "clusters" / "short").exists()
+
+
+def test_the_api_asks_for_credentials_and_keeps_them_private(cluster: Cluster) -> None:
+    port = json.loads((cluster.state / "cluster.json").read_text())["api_port"]
+    context = ssl.create_default_context(cafile=cluster.state / "pki" / "ca.crt")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"https://127.0.0.1:{port}/api/v1/secrets", context=context)
+    assert refused.value.code == 401
+    for secret in [cluster.state / "kubeconfig", *(cluster.state / "pki").glob("*.key")]:
+        assert secret.stat().st_mode & 0o077 == 0, secret

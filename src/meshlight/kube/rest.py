@@ -113,7 +113,8 @@ class Rest:
         if options.dry_run:
             if self.store.get(key) is not None:
                 raise already_exists(served.resource.group, served.resource.plural, key.name)
-            return obj
+            checked: Object = obj
+            return checked
         try:
             return self.store.write(key, obj, None)
         except ConflictError:
