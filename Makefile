@@ -23,6 +23,7 @@ tools:
 	    echo "installing$$missing from Debian's packages"; \
 	    apt-get update -qq && apt-get install -y -qq nftables iproute2 util-linux >/dev/null; \
 	  else echo "missing:$$missing (Debian packages nftables iproute2 util-linux)"; fi; fi
+	@command -v kubectl >/dev/null || echo "kubectl is not on PATH: install yours (1.31 or later) to look inside and to run the tests"
 
 up: setup ## boot the embedded cluster-101
 	@$(BIN)/meshlight up

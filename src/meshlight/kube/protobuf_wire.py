@@ -14,8 +14,8 @@ from meshlight.kube.resources import Object
 
 MAGIC = b"k8s\0"
 
-# A message is {field number: (JSON name, type)}; a type is "string", "bool", "bytes", "int", a nested
-# message, ("repeated", type) or ("map", type).
+# A message is {field number: (JSON name, type)}; a type is "string", "bool", "bytes", "int", "int-or-string",
+# a nested message, ("repeated", type) or ("map", type).
 _Message = dict[int, tuple[str, Any]]
 
 _META: _Message = {
@@ -37,7 +37,58 @@ _ATTRIBUTES: _Message = {
     6: ("subresource", "string"),
     7: ("name", "string"),
 }
+_CONTAINER: _Message = {
+    1: ("name", "string"),
+    2: ("image", "string"),
+    3: ("command", ("repeated", "string")),
+    4: ("args", ("repeated", "string")),
+    5: ("workingDir", "string"),
+    6: ("ports", ("repeated", {1: ("name", "string"), 3: ("containerPort", "int"), 4: ("protocol", "string")})),
+    7: ("env", ("repeated", {1: ("name", "string"), 2: ("value", "string")})),
+    14: ("imagePullPolicy", "string"),
+}
+_POD_SPEC: _Message = {
+    2: ("containers", ("repeated", _CONTAINER)),
+    3: ("restartPolicy", "string"),
+    4: ("terminationGracePeriodSeconds", "int"),
+    6: ("dnsPolicy", "string"),
+    8: ("serviceAccountName", "string"),
+    10: ("nodeName", "string"),
+}
+_SELECTOR: _Message = {1: ("matchLabels", ("map", "string"))}
+_SERVICE_PORT: _Message = {
+    1: ("name", "string"),
+    2: ("protocol", "string"),
+    3: ("port", "int"),
+    4: ("targetPort", "int-or-string"),
+    5: ("nodePort", "int"),
+}
 _KINDS: dict[str, _Message] = {
+    "Pod": {1: ("metadata", _META), 2: ("spec", _POD_SPEC)},
+    "Deployment": {
+        1: ("metadata", _META),
+        2: (
+            "spec",
+            {
+                1: ("replicas", "int"),
+                2: ("selector", _SELECTOR),
+                3: ("template", {1: ("metadata", _META), 2: ("spec", _POD_SPEC)}),
+            },
+        ),
+    },
+    "Service": {
+        1: ("metadata", _META),
+        2: (
+            "spec",
+            {
+                1: ("ports", ("repeated", _SERVICE_PORT)),
+                2: ("selector", ("map", "string")),
+                3: ("clusterIP", "string"),
+                4: ("type", "string"),
+                10: ("externalName", "string"),
+            },
+        ),
+    },
     "Namespace": {1: ("metadata", _META), 2: ("spec", {1: ("finalizers", ("repeated", "string"))})},
     "ConfigMap": {
         1: ("metadata", _META),
@@ -146,5 +197,8 @@ def _value(value: Any, kind: Any) -> Any:
             return bool(value)
         case "int":
             return int(value)
+        case "int-or-string":
+            parts = dict(_fields(value))
+            return parts.get(3, b"").decode() if parts.get(1) else parts.get(2, 0)
         case _:
             return _message(value, kind)

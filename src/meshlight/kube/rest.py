@@ -52,6 +52,13 @@ class WriteOptions:
     field_manager: str = ""
 
 
+PATCH_TYPES = (
+    "application/json-patch+json",
+    "application/merge-patch+json",
+    "application/strategic-merge-patch+json",
+)
+
+
 def matcher(label_selector: str, field_selector: str) -> Predicate:
     """A predicate of objects for both selectors. Raises StatusError 400."""
     try:
@@ -133,6 +140,14 @@ class Rest:
 
     def patch(self, target: Target, body: Any, content_type: str, options: WriteOptions) -> Object:
         """PATCH by JSON patch, merge patch or strategic merge patch."""
+        if content_type not in PATCH_TYPES:
+            known = ", ".join(PATCH_TYPES)
+            raise StatusError(
+                415,
+                "UnsupportedMediaType",
+                f"{content_type} patches (server-side apply) are not served yet; the API accepts {known}. "
+                "Use `kubectl apply` without --server-side",
+            )
         old = self.store.get(target.key)
         if old is None:
             raise target.missing()
@@ -145,14 +160,8 @@ class Rest:
                 obj = patch.json_patch(base, body)
             elif content_type == "application/strategic-merge-patch+json":
                 obj = patch.strategic_merge(base, body)
-            elif content_type == "application/merge-patch+json":
-                obj = patch.merge(base, body)
             else:
-                raise StatusError(
-                    415,
-                    "UnsupportedMediaType",
-                    f"the body of the request was in an unknown format: {content_type}",
-                )
+                obj = patch.merge(base, body)
         except patch.PatchError as error:
             raise bad_request(str(error)) from error
         stated = obj["metadata"].get("resourceVersion")
