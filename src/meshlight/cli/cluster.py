@@ -19,7 +19,11 @@ name_option = click.option(
 
 @click.command()
 @name_option
-@click.option("--nodes", type=click.IntRange(1, 64), help="number of nodes  [default: 6]")
+@click.option(
+    "--nodes",
+    type=click.IntRange(1, 64),
+    help="nodes to make credentials for; node agents are not built yet  [default: 6]",
+)
 @click.option(
     "--api-port",
     type=click.IntRange(1, 65535),
