@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import click
 import orjson
@@ -19,7 +20,7 @@ from meshlight.operations import status as operation
 @name_option
 @click.option("-o", "--output", type=click.Choice(["table", "json", "yaml"]), default="table")
 def status(name: str, output: str) -> None:
-    """Show the cluster's parts and which namespaces are enrolled."""
+    """Show nodes, components, enrolled namespaces, and workloads with identity and protocol."""
     found = asyncio.run(operation.status(Layout(name)))
     if output == "json":
         click.echo(orjson.dumps(found, option=orjson.OPT_INDENT_2).decode())
@@ -31,10 +32,55 @@ def status(name: str, output: str) -> None:
     if not found["running"]:
         console.print(f"{name} is not running; `meshlight up` boots it")
         return
-    console.print(f"[bold]{name}[/bold]  API {found['api']}  nodes {len(found['nodes'])}  pods {found['pods']}")
+    show(console, name, found)
+
+
+def show(console: Console, name: str, found: dict[str, Any]) -> None:
+    """Draw a status of a running cluster as tables."""
+    nodes = found["nodes"]
+    ready = sum(node["ready"] for node in nodes)
+    console.print(f"[bold]{name}[/bold]  API {found['api']}  nodes {ready}/{len(nodes)} ready\n")
+    console.print(
+        rows(
+            ("NODE", "READY", "POD CIDR", "PODS"),
+            [(n["name"], mark(n["ready"]), n["pod_cidr"], str(n["pods"])) for n in nodes],
+        )
+    )
+    console.print()
+    console.print(
+        rows(
+            ("COMPONENT", "NAMESPACE", "KIND", "READY"),
+            [
+                (c["name"], c["namespace"], c["kind"], f"{c['ready']}/{c['desired']}")
+                for c in found["components"]
+            ],
+        )
+    )
+    enrolled = [n["name"] for n in found["namespaces"] if n["dataplane_mode"] == "ambient"]
+    console.print(f"\nenrolled namespaces: {', '.join(enrolled) or 'none'}")
+    if found["workloads"]:
+        console.print()
+        console.print(
+            rows(
+                ("NAMESPACE", "WORKLOAD", "NODE", "ADDRESS", "IDENTITY", "PROTOCOL"),
+                [
+                    (w["namespace"], w["name"], w["node"], w["address"], w["identity"], w["protocol"])
+                    for w in found["workloads"]
+                ],
+            )
+        )
+
+
+def mark(ready: bool) -> str:
+    """Yes in green, no in red."""
+    return "[green]yes[/green]" if ready else "[red]no[/red]"
+
+
+def rows(header: tuple[str, ...], cells: list[tuple[str, ...]]) -> Table:
+    """A borderless table as kubectl would print it."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("NAMESPACE")
-    table.add_column("DATAPLANE-MODE")
-    for entry in found["namespaces"]:
-        table.add_row(entry["name"], entry["dataplane_mode"] or "")
-    console.print(table)
+    for title in header:
+        table.add_column(title, no_wrap=title != "IDENTITY", overflow="fold")
+    for row in cells:
+        table.add_row(*row)
+    return table
