@@ -52,7 +52,8 @@ def backends(slices: Iterable[Object], port_name: str, node: str, local: bool) -
 
     With `local` (internalTrafficPolicy Local) only those on `node`.
     """
-    ready, terminating = set(), set()
+    ready: set[Backend] = set()
+    terminating: set[Backend] = set()
     for item in slices:
         ports = [p["port"] for p in item.get("ports") or [] if (p.get("name") or "") == port_name]
         for endpoint in item.get("endpoints") or []:
