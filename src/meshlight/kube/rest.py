@@ -10,7 +10,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from meshlight.kube import objects, patch
+from meshlight.kube import objects, patch, service_addresses
 from meshlight.kube.catalog import Catalog, ResourceType
 from meshlight.kube.resources import Object
 from meshlight.kube.selectors import Predicate, fields, labels
@@ -82,6 +82,21 @@ class Rest:
         obj["apiVersion"], obj["kind"] = served.resource.api_version, served.resource.kind
         return obj
 
+    def core_object(self, plural: str, namespace: str, name: str) -> Object | None:
+        """An object of the core group by name, or None."""
+        return self.store.get(Key(f"/{plural}", namespace, name))
+
+    def _complete_service(self, target: Target, obj: Object, old: Object | None) -> None:
+        """Addresses and node ports of a Service that is about to be written. Raises StatusError 422."""
+        if target.served.resource.kind == "Service":
+            others = [
+                other
+                for other in self.store.list(target.served.storage_key)
+                if (other["metadata"]["namespace"], other["metadata"]["name"])
+                != (obj["metadata"]["namespace"], obj["metadata"]["name"])
+            ]
+            service_addresses.assign(obj, old, others)
+
     def get(self, target: Target) -> Object:
         """One object."""
         obj = self.store.get(target.key)
@@ -114,6 +129,7 @@ class Rest:
             obj.pop("status", None)
         objects.validate(served, obj)
         objects.apply_defaults(served, obj)
+        self._complete_service(target, obj, None)
         if served.resource.kind == "CustomResourceDefinition":
             self._establish(obj)
         key = Key(served.storage_key, target.namespace or "", obj["metadata"]["name"])
@@ -215,6 +231,8 @@ class Rest:
             self._check_fields(served, updated, options)
         objects.validate(served, updated)
         objects.apply_defaults(served, updated)
+        if not target.subresource:
+            self._complete_service(target, updated, old)
         self.presented(served, updated)
         if options.dry_run or updated == old:
             return updated

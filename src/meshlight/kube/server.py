@@ -16,6 +16,7 @@ import socket
 import ssl
 import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,18 +27,22 @@ import yaml
 from aiohttp import web
 
 from meshlight.kube import discovery, openapi, protobuf_wire, tables, watch
-from meshlight.kube.authentication import User, from_certificate
+from meshlight.kube.authentication import User, from_certificate, unauthorized
 from meshlight.kube.bootstrap import bootstrap
 from meshlight.kube.catalog import Catalog
+from meshlight.kube.kubelet_proxy import KubeletProxy
 from meshlight.kube.resources import Object
 from meshlight.kube.rest import Rest, Target, WriteOptions, matcher
 from meshlight.kube.status import StatusError, bad_request
 from meshlight.kube.store import CompactedError, Store
+from meshlight.kube.tokens import ISSUER, InvalidToken, TokenIssuer
 
 VERSION = "v1.32.0+meshlight"
 MAX_BODY = 3 * 1024 * 1024
 AGGREGATED = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList"
 USER: web.RequestKey[User] = web.RequestKey("user", User)
+Authenticate = Callable[[web.Request], User]
+AUTHENTICATE: web.AppKey[Authenticate] = web.AppKey("authenticate")
 
 
 def log(message: str, **fields: object) -> None:
@@ -55,8 +60,7 @@ async def guard(request: web.Request, handler: Any) -> web.StreamResponse:
     """Authenticate, and turn every refusal into a Status."""
     try:
         if request.path not in ("/healthz", "/readyz", "/livez"):
-            transport = request.transport
-            request[USER] = from_certificate(transport.get_extra_info("peercert") if transport else None)
+            request[USER] = request.app[AUTHENTICATE](request)
         response: web.StreamResponse = await handler(request)
         return response
     except StatusError as error:
@@ -75,9 +79,26 @@ async def guard(request: web.Request, handler: Any) -> web.StreamResponse:
 class Server:
     """Routes and handlers over one Rest."""
 
-    def __init__(self, rest: Rest) -> None:
+    def __init__(self, rest: Rest, pki: Path) -> None:
         self.rest = rest
         self.catalog = rest.catalog
+        self.tokens = TokenIssuer(pki, rest.core_object)
+        self.kubelets = KubeletProxy(pki)
+
+    def authenticate(self, request: web.Request) -> User:
+        """The user of a bearer token or of a verified client certificate. Raises StatusError 401."""
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() == "bearer":
+            try:
+                return self.tokens.check(token.strip(), (ISSUER,), time.time()).user
+            except InvalidToken as error:
+                log("token refused", reason=str(error))
+                raise unauthorized() from error
+        transport = request.transport
+        return from_certificate(transport.get_extra_info("peercert") if transport else None)
+
+    async def _cleanup(self, _: web.Application) -> None:
+        await self.kubelets.close()
 
     def application(self) -> web.Application:
         """The aiohttp application."""
@@ -88,6 +109,8 @@ class Server:
             ],
             client_max_size=MAX_BODY,
         )
+        app[AUTHENTICATE] = self.authenticate
+        app.on_cleanup.append(self._cleanup)
         app.router.add_get("/version", self.version)
         for path in ("/healthz", "/readyz", "/livez"):
             app.router.add_get(path, self.healthy)
@@ -168,6 +191,8 @@ class Server:
                 raise web.HTTPNotFound
             return answer(found)
         match request.method:
+            case "GET" if target.subresource == "log":
+                return await self._logs(request, target)
             case "GET" if target.name:
                 obj = self.rest.get(target)
                 return answer(self._shown(request, target, [obj], obj))
@@ -186,6 +211,13 @@ class Server:
             case "DELETE":
                 return await self._delete(request, target)
         raise web.HTTPMethodNotAllowed(request.method, ["GET", "POST", "PUT", "PATCH", "DELETE"])
+
+    async def _logs(self, request: web.Request, target: Target) -> web.StreamResponse:
+        pod = self.rest.get(Target(target.served, target.namespace, target.name))
+        node = self.rest.core_object("nodes", "", pod["spec"].get("nodeName", ""))
+        if node is None:
+            raise bad_request(f"pod {target.name} does not have a host assigned")
+        return await self.kubelets.logs(request, pod, node)
 
     def _list(self, request: web.Request, target: Target) -> web.Response:
         query = request.query
@@ -214,6 +246,11 @@ class Server:
 
     async def _create(self, request: web.Request, target: Target) -> web.Response:
         body = await body_of(request)
+        if target.subresource == "token":
+            issued = self.tokens.request(target.namespace or "", target.name, body, int(time.time()))
+            return answer(issued, 201)
+        if target.served.resource.kind == "TokenReview":
+            return answer(self.tokens.review(body, time.time()), 201)
         if target.subresource == "binding":
             self.rest.bind(target, body)
             return answer({"kind": "Status", "apiVersion": "v1", "status": "Success"}, 201)
@@ -324,12 +361,12 @@ async def serve(state: Path, listen_fd: int, fabric: str | None) -> None:
     """Open the store and serve until SIGTERM."""
     store = Store(state / "store.db")
     rest = Rest(store, Catalog())
-    bootstrap(rest)
-    runner = web.AppRunner(Server(rest).application(), access_log=None, shutdown_timeout=1)
+    host, _, port = (fabric or "127.0.0.1:6443").rpartition(":")
+    bootstrap(rest, host, int(port))
+    runner = web.AppRunner(Server(rest, state / "pki").application(), access_log=None, shutdown_timeout=1)
     await runner.setup()
     sockets = [socket.socket(fileno=listen_fd)]
     if fabric:
-        host, _, port = fabric.rpartition(":")
         sockets.append(socket.create_server((host, int(port)), backlog=512))
     context = tls(state / "pki")
     for listener in sockets:
