@@ -15,7 +15,7 @@ from pathlib import Path
 from meshlight.kube.client import ApiError, Client
 from meshlight.kube.resources import NAMESPACES, PODS, Object
 from meshlight.node import netns, redirection
-from meshlight.node.network import NetworkError
+from meshlight.node.netns import NetworkError
 from meshlight.node.zds import EnrolledPod, NotDelivered, ZdsServer
 
 DATAPLANE_MODE = "istio.io/dataplane-mode"

@@ -1,41 +1,55 @@
-"""The CNI's role: a node's network namespace and the links, addresses and routes of its pods.
+"""Links, addresses and routes of a node and its pods: what a CNI plug-in does elsewhere.
 
-Pod links are routed veth pairs, so that everything a pod sends to another node passes the node's
-`eth0` with the pod's own source address. Addresses are those of docs/architecture.md.
+Every pod hangs on a routed veth pair, so that its traffic to other nodes leaves through the node's
+eth0 with the pod's own address. The kernel's interfaces are the only record of what exists: each
+pod link's alias names its pod, and an agent that restarts reads it back. Neighbours are permanent
+entries, hence no ARP and no neighbour table to overflow. Knows nothing of Services or of the mesh.
 """
 
 from __future__ import annotations
 
 import asyncio
-import subprocess
+import contextlib
+import functools
+import hashlib
+import ipaddress
+import json
+import socket
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
+from meshlight.controllers.workqueue import log
+from meshlight.kube.client import Client
+from meshlight.kube.resources import NODES, Object
 from meshlight.node import netns
+from meshlight.node.netns import NetworkError
 
-NODES = Path("/run/meshlight/nodes")
 FABRIC = "fabric0"
 FABRIC_GATEWAY = "172.20.0.1"
-MAX_NODES = 64
 PROBE_ADDRESS = "169.254.7.127"
-"""Source of kubelet probes, which stay plaintext whatever the policy (Istio's in-pod rules)."""
-_POD_SYSCTLS = {
-    "net/ipv4/conf/all/rp_filter": "0",
-    "net/ipv4/conf/default/rp_filter": "0",
-    "net/ipv4/conf/eth0/rp_filter": "0",
-    "net/ipv4/conf/all/route_localnet": "1",
-    "net/ipv4/ip_unprivileged_port_start": "0",
-    "net/ipv4/ping_group_range": "0 2147483647",
-}
-_NODE_SYSCTLS = {
+"""Source of kubelet probes at pods in the mesh, which stay plaintext whatever the policy (Istio's rules)."""
+_NODE_MAC = "ee:ee:ee:ee:ee:ee"
+"""Of the node's end of every pod link; links are separate, so one address does for all."""
+
+NODE_SYSCTLS = {
     "net/ipv4/ip_forward": "1",
     "net/ipv4/conf/all/rp_filter": "0",
     "net/ipv4/conf/default/rp_filter": "0",
     "net/ipv4/conf/all/send_redirects": "0",
+    "net/ipv4/conf/default/send_redirects": "0",
+    "net/ipv6/conf/default/disable_ipv6": "1",
 }
-
-
-class NetworkError(Exception):
-    """A link, address or rule could not be made; the message has the tool's own words."""
+POD_SYSCTLS = {
+    "net/ipv4/ip_forward": "0",
+    # The proxy speaks to the workload from the client's address: no reverse path leads there.
+    "net/ipv4/conf/all/rp_filter": "0",
+    "net/ipv4/conf/default/rp_filter": "0",
+    "net/ipv4/conf/all/route_localnet": "1",
+    "net/ipv4/ip_unprivileged_port_start": "0",
+    # Links are IPv4; the loopback interface keeps ::1, which `localhost` may mean.
+    "net/ipv6/conf/default/disable_ipv6": "1",
+}
 
 
 def node_address(index: int) -> str:
@@ -43,155 +57,229 @@ def node_address(index: int) -> str:
     return f"172.20.0.{10 + index}"
 
 
-def gateway(index: int) -> str:
-    """The address of a node's end of its pods' links."""
-    return f"10.244.{index}.1"
-
-
 def pod_cidr(index: int) -> str:
-    """The addresses of a node's pods."""
+    """Addresses of the pods of node `index`."""
     return f"10.244.{index}.0/24"
 
 
-def ip_batch(commands: list[str], *, namespace: str | None = None, force: bool = False) -> None:
-    """Run `ip` commands in one process; with `force` those that are already so do not matter."""
-    command = ["ip", *(["-n", namespace] if namespace else []), *(["-force"] if force else []), "-batch", "-"]
-    done = subprocess.run(command, input="\n".join(commands) + "\n", capture_output=True, text=True)
-    if done.returncode and not force:
-        raise NetworkError(f"ip: {done.stderr.strip()} (of: {'; '.join(commands)})")
+def pod_gateway(index: int) -> str:
+    """What the pods of node `index` have as their default gateway."""
+    return f"10.244.{index}.1"
 
 
-def _sysctls(values: dict[str, str]) -> None:
-    for name, value in values.items():
-        path = Path("/proc/sys") / name
-        if path.exists():
-            path.write_text(value)
+def pod_link(uid: str) -> str:
+    """Name of the node's end of a pod's link (at most 15 characters)."""
+    return "pod" + hashlib.sha1(uid.encode(), usedforsecurity=False).hexdigest()[:12]
+
+
+def pod_mac(address: str) -> str:
+    """Link-layer address of a pod, derived from its IPv4 address."""
+    return "0a:58:" + ":".join(f"{byte:02x}" for byte in ipaddress.IPv4Address(address).packed)
+
+
+def _has_interface(name: str) -> bool:
+    try:
+        socket.if_nametoindex(name)
+    except OSError:
+        return False
+    return True
 
 
 def enter_node(name: str, index: int) -> None:
-    """Create the node's network namespace, or find it after an agent's restart, and enter it.
+    """Make the node's network, or find it after a restart, and move this process into it.
 
-    Call first, before any thread or event loop. Raises NetworkError.
+    To be called in the fabric's namespace before any thread or event loop exists: threads keep the
+    namespace of the one that started them.
     """
-    path = netns.NETNS / name
-    if not path.exists():
-        ip_batch([f"netns add {name}"])
-        ip_batch(
-            [
-                f"link add veth-node{index} type veth peer name eth0 netns {name}",
-                f"link set veth-node{index} master {FABRIC}",
-                f"link set veth-node{index} up",
-            ]
-        )
+    if not 1 <= index <= 200:
+        raise NetworkError(f"node index {index}: must be 1 to 200, the fabric has no more addresses")
+    link = f"node{index}"
+    path = netns.create(name)
+    netns.inside(path, lambda: netns.set_sysctls(NODE_SYSCTLS))
+    commands = []
+    if not _has_interface(link):
+        commands.append(f"link add {link} type veth peer name eth0 netns {name}")
+    commands += [
+        f"link set {link} master {FABRIC} up",
+        # The API server answers pods at their own addresses.
+        f"route replace {pod_cidr(index)} via {node_address(index)} dev {FABRIC} onlink",
+    ]
+    netns.ip(commands)
     netns.enter(path)
-    _sysctls(_NODE_SYSCTLS)
-    others = [j for j in range(1, MAX_NODES + 1) if j != index]
-    ip_batch(
+    netns.ip(
         [
             "link set lo up",
-            f"address add {gateway(index)}/32 dev lo",
-            f"address add {PROBE_ADDRESS}/32 dev lo",
-            f"address add {node_address(index)}/24 dev eth0",
+            f"address replace {pod_gateway(index)}/32 dev lo",
+            f"address replace {node_address(index)}/24 dev eth0",
             "link set eth0 up",
-            f"route add default via {FABRIC_GATEWAY}",
-            *(f"route add {pod_cidr(j)} via {node_address(j)}" for j in others),
-        ],
-        force=True,
+            f"route replace default via {FABRIC_GATEWAY} dev eth0",
+            # Without it a packet to a pod that is gone would go round through the fabric.
+            f"route replace unreachable {pod_cidr(index)}",
+        ]
     )
-    _probe_source(index)
+    netns.nft(probe_rules(index))
 
 
-def _probe_source(index: int) -> None:
-    """What this node's own processes send to its own pods comes from the probe address."""
-    rules = f"""
-table ip meshlight-probes
-delete table ip meshlight-probes
-table ip meshlight-probes {{
-  chain postrouting {{
-    type nat hook postrouting priority 100
-    iifname != "" return
-    ip saddr {{ {gateway(index)}, {node_address(index)} }} ip daddr {pod_cidr(index)} snat to {PROBE_ADDRESS}
-  }}
-}}
-"""
-    nft(rules)
+def probe_rules(index: int) -> str:
+    """nft text: what the node's own processes send to its own pods has the probes' source address.
+
+    Pods in the mesh let that address in unredirected. What other pods send, Service addresses
+    included, is forwarded and has no local source: it keeps its address.
+    """
+    table = "ip meshlight-probes"
+    match = f"meta l4proto tcp ip daddr {pod_cidr(index)} fib saddr type local"
+    return (
+        f"add table {table}\n"
+        f"add chain {table} postrouting {{ type nat hook postrouting priority 100 ; }}\n"
+        f"flush chain {table} postrouting\n"
+        f"add rule {table} postrouting {match} snat to {PROBE_ADDRESS}\n"
+    )
 
 
-def nft(rules: str) -> None:
-    """Apply a ruleset in one transaction in the current namespace. Raises NetworkError."""
-    done = subprocess.run(["nft", "-f", "-"], input=rules, capture_output=True, text=True)
-    if done.returncode:
-        raise NetworkError(f"nft: {done.stderr.strip()}")
+def node_routes(nodes: Iterable[Object], own: str) -> dict[str, str]:
+    """Pod CIDR → fabric address for every node but `own`; nodes that lack either are left out."""
+    routes = {}
+    for node in nodes:
+        cidr = node.get("spec", {}).get("podCIDR")
+        addresses = node.get("status", {}).get("addresses") or []
+        internal = next((a["address"] for a in addresses if a["type"] == "InternalIP"), None)
+        if node["metadata"]["name"] != own and cidr and internal:
+            routes[cidr] = internal
+    return routes
+
+
+async def run_routes(client: Client, node: str) -> None:
+    """Keep a route to the pods of every other node, until cancelled."""
+    nodes: dict[str, Object] = {}
+    current: dict[str, str] = {}
+    synced = False
+    async with contextlib.aclosing(client.watch(NODES)) as events:
+        async for event in events:
+            if event.type == "SYNCED":
+                synced = True
+            elif event.type == "DELETED":
+                nodes.pop(event.object["metadata"]["name"], None)
+            else:
+                nodes[event.object["metadata"]["name"]] = event.object
+            wanted = node_routes(nodes.values(), node)
+            if not synced or wanted == current:
+                continue
+            gone = current.keys() - wanted.keys()
+            commands = [f"route del {cidr}" for cidr in sorted(gone)]
+            commands += [
+                f"route replace {cidr} via {via} dev eth0"
+                for cidr, via in sorted(wanted.items())
+                if current.get(cidr) != via
+            ]
+            await netns.within(None, functools.partial(netns.ip, commands, tolerant=True))
+            current = wanted
+            log("info", "routes to other nodes", count=len(wanted))
 
 
 class PodNetwork:
-    """The network namespaces of one node's pods."""
+    """Makes and removes the networks of one node's pods; runs inside the node's namespace."""
 
-    def __init__(self, node: str, index: int) -> None:
-        self._index = index
-        self._folder = NODES / node / "network"
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._addresses = self.existing()
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self._addresses: dict[str, str] = {}
+        self._known = False
+        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     def existing(self) -> dict[str, str]:
-        """Addresses by pod uid, as kept across restarts of the agent."""
-        return {file.name: file.read_text() for file in self._folder.iterdir()}
+        """Pods that have a complete network: uid → address, as the kernel has it."""
+        links = json.loads(netns.run(["ip", "-json", "link", "show", "type", "veth"], "") or "[]")
+        pods = {link["ifname"]: link["ifalias"] for link in links if "ifalias" in link}
+        routes = json.loads(netns.run(["ip", "-json", "-4", "route", "show"], "") or "[]")
+        found = {}
+        for route in routes:
+            uid = pods.get(route.get("dev", ""))
+            if uid is not None and "/" not in route["dst"] and netns.exists(uid):
+                found[uid] = str(route["dst"])
+        return found
 
-    async def add(self, uid: str, address: str | None = None) -> str:
-        """Make a pod's namespace and link; returns its address. What exists already is kept."""
-        if uid in self._addresses:
-            return self._addresses[uid]
-        chosen = address or self._free()
-        self._addresses[uid] = chosen
-        try:
-            await asyncio.to_thread(self._make, uid, chosen)
-        except BaseException:
-            self._addresses.pop(uid, None)
-            await asyncio.to_thread(self._unmake, uid)
-            raise
-        (self._folder / uid).write_text(chosen)
-        return chosen
+    def _learn(self) -> None:
+        if not self._known:
+            self._addresses = self.existing()
+            self._known = True
 
-    async def remove(self, uid: str) -> None:
-        """Take a pod's namespace and link away; absence is not an error."""
-        if self._addresses.pop(uid, None) is not None:
-            await asyncio.to_thread(self._unmake, uid)
-
-    def _free(self) -> str:
+    def _allocate(self, uid: str, address: str | None) -> str:
+        """Reserve an address for a pod."""
         taken = set(self._addresses.values())
-        for host in range(2, 255):
-            candidate = f"10.244.{self._index}.{host}"
-            if candidate not in taken:
-                return candidate
-        raise NetworkError(f"no address is free in {pod_cidr(self._index)}")
+        if address is None:
+            subnet = ipaddress.IPv4Network(pod_cidr(self.index))
+            free = (str(host) for host in list(subnet.hosts())[1:] if str(host) not in taken)
+            address = next(free, None)
+            if address is None:
+                raise NetworkError(f"pod {uid}: no address of {subnet} is free; delete pods of this node")
+        elif address in taken:
+            raise NetworkError(f"pod {uid}: its address {address} belongs to another pod of this node")
+        self._addresses[uid] = address
+        return address
+
+    async def add(self, uid: str, address: str | None) -> str:
+        """Give a pod its namespace, link and address (a free one if None); returns the address.
+
+        Asking again for a pod that has its network changes nothing. Raises NetworkError when no
+        address is left or the kernel refuses.
+        """
+        async with self._turns[uid]:
+            self._learn()
+            complete = uid in self._addresses
+            chosen = self._addresses[uid] if complete else self._allocate(uid, address)
+            if complete and await netns.within(None, lambda: self.existing().get(uid) == chosen):
+                return chosen
+            try:
+                await netns.within(None, lambda: self._make(uid, chosen))
+            except BaseException:
+                self._addresses.pop(uid, None)
+                raise
+            return chosen
 
     def _make(self, uid: str, address: str) -> None:
-        link = link_name(uid)
-        ip_batch([f"netns add {uid}"])
-        ip_batch(
+        link, gateway, mac = pod_link(uid), pod_gateway(self.index), pod_mac(address)
+        path = netns.create(uid)
+        netns.inside(path, lambda: netns.set_sysctls(POD_SYSCTLS))
+        commands = []
+        if not _has_interface(link):
+            commands.append(
+                f"link add {link} address {_NODE_MAC} type veth peer name eth0 address {mac} netns {uid}"
+            )
+        commands += [
+            f"link set {link} up",
+            f"neighbour replace {address} lladdr {mac} dev {link} nud permanent",
+        ]
+        netns.ip(commands)
+        inner = [
+            "link set lo up",
+            f"address replace {address}/32 dev eth0",
+            "link set eth0 up",
+            f"neighbour replace {gateway} lladdr {_NODE_MAC} dev eth0 nud permanent",
+            f"route replace default via {gateway} dev eth0 onlink src {address}",
+        ]
+        netns.inside(path, lambda: netns.ip(inner))
+        # Alias and route come last: they are what makes the pod count as complete.
+        netns.ip(
             [
-                f"link add {link} type veth peer name eth0 netns {uid}",
-                f"link set {link} up",
-                f"route add {address}/32 dev {link} src {gateway(self._index)}",
+                f"link set {link} alias {uid}",
+                f"route replace {address}/32 dev {link} src {gateway}",
             ]
         )
-        ip_batch(
-            [
-                "link set lo up",
-                f"address add {address}/32 dev eth0",
-                "link set eth0 up",
-                f"route add {gateway(self._index)} dev eth0",
-                f"route add default via {gateway(self._index)}",
-            ],
-            namespace=uid,
-        )
-        netns.inside(netns.NETNS / uid, lambda: _sysctls(_POD_SYSCTLS))
+
+    async def remove(self, uid: str) -> None:
+        """Take a pod's network away; absence is fine."""
+        async with self._turns[uid]:
+            self._learn()
+            await netns.within(None, lambda: self._unmake(uid))
+            self._addresses.pop(uid, None)
+        self._turns.pop(uid, None)
 
     def _unmake(self, uid: str) -> None:
-        ip_batch([f"link delete {link_name(uid)}", f"netns delete {uid}"], force=True)
-        (self._folder / uid).unlink(missing_ok=True)
+        link = pod_link(uid)
+        if _has_interface(link):
+            netns.ip([f"link del {link}"])
+        netns.remove(uid)
 
 
-def link_name(uid: str) -> str:
-    """The node's end of a pod's link; names of links are at most 15 characters."""
-    return "pod" + uid.replace("-", "")[:12]
+def namespace_path(uid: str) -> Path:
+    """Where a pod's network namespace is mounted."""
+    return netns.NETNS / uid

@@ -1,17 +1,18 @@
 """Istio's in-pod redirection, in nftables: what a pod sends and receives goes through ztunnel.
 
-The rules are Istio's (marks, ports and exceptions), with two changes that keep live connections
-alive: only a TCP flow's first packet (SYN) is considered, and un-enrolment empties the chains instead
-of deleting the table, so that conntrack keeps translating the flows it knows.
+The rules are Istio's (marks, ports and exceptions), with what keeps live connections alive added:
+only a TCP flow's first packet (SYN) is redirected, connection tracking starts before redirection
+does, and un-enrolment empties chains instead of deleting the table, so that conntrack keeps
+translating the flows it knows. Knows nothing of who is enrolled, or why.
 """
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 from meshlight.node import netns
-from meshlight.node.network import PROBE_ADDRESS, NetworkError, nft
+from meshlight.node.netns import NetworkError
+from meshlight.node.network import PROBE_ADDRESS
 
 TABLE = "istio-ambient"
 MARK = "0x539"
@@ -19,86 +20,114 @@ MARK = "0x539"
 ORIGINAL_SOURCE_MARK = "0x111"
 """Conntrack mark of flows that the proxy opened with the client's own address as source."""
 OUTBOUND, INBOUND, HBONE, DNS = 15001, 15006, 15008, 15053
-_CHAINS = {
+_ROUTES = 100
+_BASE_CHAINS = {
     "nat-output": "type nat hook output priority -100",
     "nat-prerouting": "type nat hook prerouting priority -100",
     "mangle-output": "type route hook output priority -150",
     "mangle-prerouting": "type filter hook prerouting priority -150",
 }
+_DNS_CHAINS = {
+    "raw-output": "type filter hook output priority -300",
+    "raw-prerouting": "type filter hook prerouting priority -300",
+}
+_CAPTURING = ("nat-output", "nat-prerouting")
 _SYN = "tcp flags & (syn | ack) == syn"
+_PROXYS = f"meta mark & 0xfff == {MARK}"
+_NOT_PROXYS = f"meta mark & 0xfff != {MARK}"
 
 
-def _proxy(match: str) -> str:
-    return f"meta mark & 0xfff {match} {MARK}"
+def tracking(*, dns: bool = False) -> str:
+    """The table with its hooks and no rules: from here on conntrack knows every flow of the pod.
+
+    Applied before `rules`, so that a handshake under way when redirection begins is a known flow,
+    and its retransmitted SYN is not taken for the start of a new one.
+    """
+    lines = [f"add table ip {TABLE}"]
+    for chain, hook in (_BASE_CHAINS | (_DNS_CHAINS if dns else {})).items():
+        lines.append(f"add chain ip {TABLE} {chain} {{ {hook} ; }}")
+    return "\n".join(lines) + "\n"
 
 
 def rules(*, dns: bool = False) -> str:
     """The ruleset that captures a pod's new connections; `dns` also its queries (to 15053)."""
-    output = [f"ip daddr {PROBE_ADDRESS} accept"]
+    output = [f"ip daddr {PROBE_ADDRESS} meta l4proto tcp accept"]
     if dns:
         output += [
-            f'oifname != "lo" udp dport 53 {_proxy("!=")} redirect to :{DNS}',
-            f"ip daddr != 127.0.0.1 tcp dport 53 {_SYN} {_proxy('!=')} redirect to :{DNS}",
+            f'oifname != "lo" udp dport 53 {_NOT_PROXYS} redirect to :{DNS}',
+            f"ip daddr != 127.0.0.1 tcp dport 53 {_SYN} {_NOT_PROXYS} redirect to :{DNS}",
         ]
     output += [
         f"meta l4proto tcp meta mark & 0xfff == {ORIGINAL_SOURCE_MARK} accept",
         'oifname "lo" ip daddr != 127.0.0.1 accept',
-        f"ip daddr != 127.0.0.1 {_SYN} {_proxy('!=')} redirect to :{OUTBOUND}",
+        f"ip daddr != 127.0.0.1 {_SYN} {_NOT_PROXYS} redirect to :{OUTBOUND}",
     ]
     chains = {
         "nat-output": output,
         "nat-prerouting": [
-            f"ip saddr {PROBE_ADDRESS} accept",
-            f"ip daddr != 127.0.0.1 tcp dport != {HBONE} {_SYN} {_proxy('!=')} redirect to :{INBOUND}",
+            f"ip saddr {PROBE_ADDRESS} meta l4proto tcp accept",
+            f"ip daddr != 127.0.0.1 tcp dport != {HBONE} {_SYN} {_NOT_PROXYS} redirect to :{INBOUND}",
         ],
         "mangle-output": [f"ct mark & 0xfff == {ORIGINAL_SOURCE_MARK} meta mark set ct mark"],
-        "mangle-prerouting": [f"{_proxy('==')} ct mark set {ORIGINAL_SOURCE_MARK}"],
+        "mangle-prerouting": [f"{_PROXYS} ct mark set {ORIGINAL_SOURCE_MARK}"],
     }
-    lines = [_empty()]
+    if dns:
+        # The proxy's own queries to the server must not meet the entry of the query it answers.
+        chains["raw-output"] = [f"udp dport 53 {_PROXYS} ct zone set 1"]
+        chains["raw-prerouting"] = [f"udp sport 53 {_NOT_PROXYS} ct zone set 1"]
+    lines = []
     for chain, statements in chains.items():
+        lines.append(f"flush chain ip {TABLE} {chain}")
         lines += [f"add rule ip {TABLE} {chain} {statement}" for statement in statements]
-    return "\n".join(lines) + "\n"
-
-
-def _empty() -> str:
-    lines = [f"add table ip {TABLE}"]
-    for chain, hook in _CHAINS.items():
-        lines += [f"add chain ip {TABLE} {chain} {{ {hook} ; }}", f"flush chain ip {TABLE} {chain}"]
-    return "\n".join(lines)
+    return tracking(dns=dns) + "\n".join(lines) + "\n"
 
 
 def flushed() -> str:
-    """The ruleset after un-enrolment: nothing new is captured, known flows are left alone.
+    """What un-enrolment does to the table: nothing new is captured.
 
-    The marks of the proxy's flows stay, for those flows still need them.
+    The marks stay, because connections that the proxy still carries need them to the end.
     """
-    lines = [f"add table ip {TABLE}"]
-    for chain in ("nat-output", "nat-prerouting"):
-        lines += [f"add chain ip {TABLE} {chain} {{ {_CHAINS[chain]} ; }}", f"flush chain ip {TABLE} {chain}"]
-    return "\n".join(lines) + "\n"
+    return "".join(f"flush chain ip {TABLE} {chain}\n" for chain in _CAPTURING)
 
 
-def _route_marked() -> None:
+def _return_routes() -> list[str]:
     """Answers to a spoofed source address come back to the proxy instead of leaving the pod."""
-    for command in (
-        ["ip", "route", "replace", "local", "0.0.0.0/0", "dev", "lo", "table", "100"],
-        ["ip", "rule", "add", "fwmark", f"{ORIGINAL_SOURCE_MARK}/0xfff", "lookup", "100", "priority", "32764"],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode and "File exists" not in done.stderr:
-            raise NetworkError(f"{' '.join(command)}: {done.stderr.strip()}")
+    return [
+        f"route replace local 0.0.0.0/0 dev lo table {_ROUTES}",
+        f"rule add fwmark {ORIGINAL_SOURCE_MARK}/0xfff lookup {_ROUTES} priority 32764",
+    ]
 
 
-def apply(namespace: Path) -> None:
+def apply(namespace: Path, *, dns: bool = False) -> None:
     """Redirect a pod's new connections to ztunnel. Idempotent; blocking; raises NetworkError, OSError."""
 
     def work() -> None:
-        _route_marked()
-        nft(rules())
+        netns.ip(_return_routes(), tolerant=True)  # of a rule that is there already `ip` complains
+        netns.nft(tracking(dns=dns))
+        netns.nft(rules(dns=dns))
 
     netns.inside(namespace, work)
 
 
+def redirected(namespace: Path) -> bool:
+    """Whether a pod's new connections are captured now. Blocking; raises NetworkError, OSError."""
+    listed = ["nft", "-s", "list", "chain", "ip", TABLE, "nat-prerouting"]
+    try:
+        return "redirect" in netns.inside(namespace, lambda: netns.run(listed, ""))
+    except NetworkError as error:
+        if "No such file" in str(error):
+            return False
+        raise
+
+
 def flush(namespace: Path) -> None:
     """Redirect no new connections of a pod. Idempotent; blocking; raises NetworkError, OSError."""
-    netns.inside(namespace, lambda: nft(flushed()))
+
+    def work() -> None:
+        try:
+            netns.nft(flushed())
+        except NetworkError as error:
+            if "No such file" not in str(error):  # a pod that never was in the mesh
+                raise
+
+    netns.inside(namespace, work)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from meshlight.kube.client import Client
 from meshlight.kube.resources import ENDPOINT_SLICES, SERVICES, Object
-from meshlight.node.network import nft
+from meshlight.node.netns import nft
 
 TABLE = "meshlight-services"
 SERVICE_NAME = "kubernetes.io/service-name"
