@@ -10,13 +10,26 @@ from pathlib import Path
 
 import yaml
 
+from meshlight.controllers.daemonset import DaemonSets
 from meshlight.controllers.deployment import Deployments
+from meshlight.controllers.endpointslice import EndpointSlices
+from meshlight.controllers.garbage_collector import GarbageCollector
 from meshlight.controllers.namespace import Namespaces
 from meshlight.controllers.replicaset import ReplicaSets
 from meshlight.controllers.scheduler import Scheduler
 from meshlight.controllers.workqueue import log
 from meshlight.kube.client import Cache, Client
-from meshlight.kube.resources import DEPLOYMENTS, NAMESPACES, NODES, PODS, REPLICA_SETS
+from meshlight.kube.resources import (
+    DAEMON_SETS,
+    DEPLOYMENTS,
+    ENDPOINT_SLICES,
+    ENDPOINTS,
+    NAMESPACES,
+    NODES,
+    PODS,
+    REPLICA_SETS,
+    SERVICES,
+)
 
 
 def cluster_ca(kubeconfig: str) -> str:
@@ -35,11 +48,15 @@ async def serve(kubeconfig: str) -> None:
         pods, nodes = Cache(client, PODS), Cache(client, NODES)
         sets, namespaces = Cache(client, REPLICA_SETS), Cache(client, NAMESPACES)
         deployments = Cache(client, DEPLOYMENTS)
-        caches = (pods, nodes, sets, namespaces, deployments)
+        daemons, services = Cache(client, DAEMON_SETS), Cache(client, SERVICES)
+        slices, endpoints = Cache(client, ENDPOINT_SLICES), Cache(client, ENDPOINTS)
+        caches = (pods, nodes, sets, namespaces, deployments, daemons, services, slices, endpoints)
         controllers = (
             Scheduler(client, pods, nodes),
             ReplicaSets(client, sets, pods),
             Deployments(client, deployments, sets),
+            DaemonSets(client, daemons, pods, nodes),
+            EndpointSlices(client, services, pods, slices, endpoints),
             Namespaces(client, namespaces, cluster_ca(kubeconfig)),
         )
         async with asyncio.TaskGroup() as group:
@@ -49,6 +66,7 @@ async def serve(kubeconfig: str) -> None:
             log("info", "controllers started")
             for controller in controllers:
                 group.create_task(controller.queue.run())
+            group.create_task(GarbageCollector(client).run())
 
 
 async def main(kubeconfig: str) -> None:

@@ -15,7 +15,9 @@ import yaml
 from meshlight.kube.client import ApiError, ApiUnreachable, Client
 from meshlight.kube.resources import CUSTOM_RESOURCE_DEFINITIONS, NAMESPACES, Object, Resource
 
-MANIFESTS = ("istio-crds.yaml", "gateway-api-crds.yaml", "system.yaml")
+MANIFESTS = (
+    "istio-crds.yaml", "gateway-api-crds.yaml", "system.yaml", "coredns.yaml", "istiod.yaml", "ztunnel.yaml",
+)  # fmt: skip
 COMPLETE = "meshlight.io/installed"
 """Annotation of namespace kube-system once everything is in."""
 
