@@ -22,7 +22,7 @@ name_option = click.option(
 @click.option(
     "--nodes",
     type=click.IntRange(1, 64),
-    help="nodes to make credentials for; node agents are not built yet  [default: 6]",
+    help="number of nodes  [default: 6]",
 )
 @click.option(
     "--api-port",
@@ -48,7 +48,8 @@ def up(name: str, nodes: int | None, api_port: int | None, timeout: float) -> No
     console.print("Next:")
     suffix = "" if name == "cluster-101" else f" --name {name}"
     console.print(f"  export KUBECONFIG=$(meshlight kubeconfig{suffix})", soft_wrap=True)
-    console.print("  kubectl get namespaces -L istio.io/dataplane-mode")
+    console.print("  kubectl get pods -A -o wide")
+    console.print("  kubectl apply -f samples/demo.yaml && meshlight status")
 
 
 @click.command()
