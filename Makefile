@@ -35,12 +35,15 @@ test: setup ## every test: unit, real cluster, Rust
 	$(BIN)/pytest -n 2 --dist loadgroup
 
 check: setup ## formatters, linters, type checkers
-	$(BIN)/ruff format --check src tests build_backend
-	$(BIN)/ruff check src tests build_backend
+	$(BIN)/ruff format --check src tests bench build_backend
+	$(BIN)/ruff check src tests bench build_backend
 	$(BIN)/mypy
 	cd ztunnel && cargo fmt --check && cargo clippy --release -q -- -D warnings
+
+bench: setup ## boot, memory and the L4 path, as ratios against the direct path
+	$(BIN)/python bench/l4.py
 
 docs: ## where the documentation is
 	@ls README.md CONTRIBUTING.md docs/*.md docs/adr/*.md
 
-.PHONY: help setup tools up down test check docs
+.PHONY: help setup tools up down test check bench docs

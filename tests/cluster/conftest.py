@@ -95,6 +95,23 @@ class Cluster:
         """`kubectl apply -f -` of the objects."""
         self.kubectl("apply", "-f", "-", stdin="\n---\n".join(json.dumps(o) for o in objects))
 
+    def inside(self, *command: str, netns: str | None = None) -> list[str]:
+        """The command line that runs `command` inside the cluster (in a node's or pod's netns)."""
+        enter = [
+            "nsenter",
+            "-t",
+            str(self.supervisor_pid),
+            "-m",
+            "-n",
+            "-U",
+            "--preserve-credentials",
+        ]
+        if os.geteuid() == 0:
+            enter = ["nsenter", "-t", str(self.supervisor_pid), "-m", "-n"]
+        if netns:
+            enter += ["nsenter", f"--net=/run/netns/{netns}"]
+        return [*enter, *command]
+
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
@@ -118,3 +135,27 @@ def namespace(cluster: Cluster) -> Iterator[str]:
     cluster.kubectl("create", "namespace", name)
     yield name
     cluster.kubectl("delete", "namespace", name, "--wait=false", check=False)
+
+
+def pod(name: str, namespace: str, command: list[str], **spec: Any) -> dict[str, Any]:
+    """A one-container pod that runs a program of this machine."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "namespace": namespace, "labels": {"app": name}},
+        "spec": {
+            "terminationGracePeriodSeconds": 1,
+            "containers": [{"name": "main", "image": "local/program", "command": command}],
+            **spec,
+        },
+    }
+
+
+def service(name: str, namespace: str, port: int) -> dict[str, Any]:
+    """A ClusterIP Service in front of `app: NAME`."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": {"selector": {"app": name}, "ports": [{"port": port, "targetPort": port}]},
+    }

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import ssl
+import sys
 import subprocess
 import urllib.error
 import urllib.request
@@ -94,3 +95,17 @@ def test_the_api_asks_for_credentials_and_keeps_them_private(cluster: Cluster) -
     assert refused.value.code == 401
     for secret in [cluster.state / "kubeconfig", *(cluster.state / "pki").glob("*.key")]:
         assert secret.stat().st_mode & 0o077 == 0, secret
+
+
+def test_run_launches_a_program_as_a_workload(cluster: Cluster, namespace: str) -> None:
+    run = ("run", "--cluster", cluster.name, "-n", namespace)
+    program = ("--", sys.executable, "-m", "http.server", "8000")
+    shown = cluster.meshlight(*run, "--name", "web", "--port", "8000", *program)
+    assert f"spiffe://cluster.local/ns/{namespace}/sa/web" in shown
+    assert cluster.get("pod", "web", "-n", namespace)["status"]["phase"] == "Running"
+    assert cluster.get("svc", "web", "-n", namespace)["spec"]["ports"][0]["port"] == 8000
+    refused = cluster.meshlight(*run, "--name", "web", *program, check=False)
+    assert "exists already" in refused and "Traceback" not in refused
+    refused = cluster.meshlight(*run, "--name", "none", "--", "/no/such/program", check=False)
+    assert "/no/such/program" in refused and "Traceback" not in refused
+    assert cluster.get("pods", "-n", namespace)["items"][0]["metadata"]["name"] == "web"
