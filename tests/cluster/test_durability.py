@@ -7,8 +7,8 @@ import os
 import signal
 import socket
 import ssl
-import sys
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
