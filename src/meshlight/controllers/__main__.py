@@ -15,6 +15,7 @@ from meshlight.controllers.deployment import Deployments
 from meshlight.controllers.endpointslice import EndpointSlices
 from meshlight.controllers.garbage_collector import GarbageCollector
 from meshlight.controllers.namespace import Namespaces
+from meshlight.controllers.node_lifecycle import NodeLifecycle
 from meshlight.controllers.replicaset import ReplicaSets
 from meshlight.controllers.scheduler import Scheduler
 from meshlight.controllers.workqueue import log
@@ -24,6 +25,7 @@ from meshlight.kube.resources import (
     DEPLOYMENTS,
     ENDPOINT_SLICES,
     ENDPOINTS,
+    LEASES,
     NAMESPACES,
     NODES,
     PODS,
@@ -50,12 +52,14 @@ async def serve(kubeconfig: str) -> None:
         deployments = Cache(client, DEPLOYMENTS)
         daemons, services = Cache(client, DAEMON_SETS), Cache(client, SERVICES)
         slices, endpoints = Cache(client, ENDPOINT_SLICES), Cache(client, ENDPOINTS)
-        caches = (pods, nodes, sets, namespaces, deployments, daemons, services, slices, endpoints)
+        leases = Cache(client, LEASES)
+        caches = (pods, nodes, sets, namespaces, deployments, daemons, services, slices, endpoints, leases)
         controllers = (
             Scheduler(client, pods, nodes),
             ReplicaSets(client, sets, pods),
             Deployments(client, deployments, sets),
             DaemonSets(client, daemons, pods, nodes),
+            NodeLifecycle(client, nodes, leases, pods),
             EndpointSlices(client, services, pods, slices, endpoints),
             Namespaces(client, namespaces, cluster_ca(kubeconfig)),
         )

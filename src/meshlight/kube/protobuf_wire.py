@@ -104,6 +104,25 @@ _KINDS: dict[str, _Message] = {
         5: ("immutable", "bool"),
     },
     "ServiceAccount": {1: ("metadata", _META)},
+    "TokenRequest": {
+        1: ("metadata", _META),
+        2: (
+            "spec",
+            {
+                1: ("audiences", ("repeated", "string")),
+                3: (
+                    "boundObjectRef",
+                    {
+                        1: ("kind", "string"),
+                        2: ("apiVersion", "string"),
+                        3: ("name", "string"),
+                        4: ("uid", "string"),
+                    },
+                ),
+                4: ("expirationSeconds", "int"),
+            },
+        ),
+    },
     "SelfSubjectAccessReview": {
         1: ("metadata", _META),
         2: ("spec", {1: ("resourceAttributes", _ATTRIBUTES)}),

@@ -1,0 +1,125 @@
+"""Tells which nodes are alive from their Leases: a silent node's condition becomes Unknown, and it is tainted.
+
+Nothing polls: each renewal sets one timer for the time at which silence would mean that the node is
+unreachable (Kubernetes' node-monitor-grace-period, 40 s).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+from typing import Any
+
+from meshlight.controllers.workqueue import Key, WorkQueue, log
+from meshlight.kube.client import Cache, Client
+from meshlight.kube.resources import NODES, PODS, Object
+
+GRACE = 40.0
+"""Seconds without a renewal after which a node counts as unreachable."""
+UNREACHABLE = "node.kubernetes.io/unreachable"
+NOT_READY = "node.kubernetes.io/not-ready"
+
+
+def silence(lease: Object, now: datetime) -> float:
+    """Seconds since the lease was renewed."""
+    renewed = datetime.fromisoformat(lease["spec"]["renewTime"].replace("Z", "+00:00"))
+    return (now - renewed).total_seconds()
+
+
+def ready_status(node: Object) -> str:
+    """The node's Ready condition: True, False or Unknown."""
+    conditions = (node.get("status") or {}).get("conditions") or []
+    return next((c["status"] for c in conditions if c["type"] == "Ready"), "Unknown")
+
+
+def taints(node: Object, unreachable: bool) -> list[dict[str, Any]]:
+    """The taints that the node should have: others' kept, ours as its condition says."""
+    kept = [t for t in (node.get("spec") or {}).get("taints") or [] if t["key"] not in (UNREACHABLE, NOT_READY)]
+    key = UNREACHABLE if unreachable else NOT_READY if ready_status(node) == "False" else None
+    return [*kept, *({"key": key, "effect": effect} for effect in ("NoSchedule", "NoExecute") if key)]
+
+
+def unknown(node: Object, now: str) -> list[Object]:
+    """The node's conditions once nothing is heard of it."""
+    found = []
+    for condition in (node.get("status") or {}).get("conditions") or []:
+        if condition["status"] == "Unknown":
+            found.append(condition)
+            continue
+        found.append(
+            {
+                **condition,
+                "status": "Unknown",
+                "reason": "NodeStatusUnknown",
+                "message": "Kubelet stopped posting node status.",
+                "lastTransitionTime": now,
+            }
+        )
+    return found
+
+
+class NodeLifecycle:
+    """Reconciles nodes from the caches of nodes, of the Leases of kube-node-lease, and of pods."""
+
+    def __init__(self, client: Client, nodes: Cache, leases: Cache, pods: Cache) -> None:
+        self.client, self.nodes, self.leases, self.pods = client, nodes, leases, pods
+        self.queue = WorkQueue("node-lifecycle", self.reconcile)
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        nodes.on_change(self._node_changed)
+        leases.on_change(self._renewed)
+
+    def _node_changed(self, old: Object | None, new: Object | None) -> None:
+        name = (new or old or {})["metadata"]["name"]
+        if new is None and (timer := self._timers.pop(name, None)):
+            timer.cancel()
+        if old is None or new is None or ready_status(old) != ready_status(new):
+            self.queue.add(("", name))
+
+    def _renewed(self, old: Object | None, new: Object | None) -> None:
+        lease = new or old or {}
+        if lease["metadata"]["namespace"] != "kube-node-lease":
+            return
+        name = lease["metadata"]["name"]
+        node = self.nodes.get(name)
+        if node is not None and any(t["key"] == UNREACHABLE for t in node["spec"].get("taints") or []):
+            self.queue.add(("", name))
+        self._watch(name)
+
+    def _watch(self, name: str) -> None:
+        if timer := self._timers.pop(name, None):
+            timer.cancel()
+        self._timers[name] = asyncio.get_running_loop().call_later(GRACE, self.queue.add, ("", name))
+
+    async def reconcile(self, key: Key) -> None:
+        """Write one node's taints, and its conditions when it has fallen silent."""
+        node = self.nodes.get(key[1])
+        lease = self.leases.get(key[1], "kube-node-lease")
+        if node is None or lease is None:
+            return
+        now = datetime.now(UTC)
+        silent = silence(lease, now) >= GRACE
+        stamp = now.strftime("%Y-%m-%dT%H:%M:%SZ")
+        if silent and ready_status(node) != "Unknown":
+            log("warning", "node is unreachable", node=key[1])
+            patch: Object = {"status": {"conditions": unknown(node, stamp)}}
+            await self.client.patch(NODES, key[1], patch, subresource="status")
+            await self._unready_pods(key[1], stamp)
+        wanted = taints(node, silent)
+        if wanted != ((node.get("spec") or {}).get("taints") or []):
+            await self.client.patch(NODES, key[1], {"spec": {"taints": wanted or None}})
+
+    async def _unready_pods(self, node: str, stamp: str) -> None:
+        """Pods of a silent node are not ready: Services stop sending to them."""
+        for (namespace, name), pod in list(self.pods.objects.items()):
+            conditions = (pod.get("status") or {}).get("conditions") or []
+            if pod["spec"].get("nodeName") != node or not any(
+                c["type"] == "Ready" and c["status"] == "True" for c in conditions
+            ):
+                continue
+            changed = [
+                {**c, "status": "False", "lastTransitionTime": stamp} if c["type"] == "Ready" else c
+                for c in conditions
+            ]
+            await self.client.patch(
+                PODS, name, {"status": {"conditions": changed}}, namespace, subresource="status"
+            )
