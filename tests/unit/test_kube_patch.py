@@ -8,8 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshlight.kube.patch import PatchError, json_patch, merge, strategic_merge
+from meshlight.kube.patch import PatchError, json_patch, merge, patched, strategic_merge
+from meshlight.kube.schema import ANY
+from meshlight.kube.schema_language import builtin
 from meshlight.kube.selectors import fields, labels
+from meshlight.kube.status import StatusError
 from meshlight.kube.tables import human_duration, json_path
 
 # RFC 7386, appendix A
@@ -76,28 +79,62 @@ def containers(**images: str) -> dict[str, Any]:
 
 
 STRATEGIC = [
-    (containers(a="1", b="2"), containers(b="3"), containers(a="1", b="3")),
-    (containers(a="1"), {"containers": [{"name": "a", "$patch": "delete"}]}, {"containers": []}),
+    # type, target, patch, result
+    ("PodSpec", containers(a="1", b="2"), containers(b="3"), containers(a="1", b="3")),
+    ("PodSpec", containers(a="1"), {"containers": [{"name": "a", "$patch": "delete"}]}, {"containers": []}),
+    ("PodSpec", containers(a="1"), {"containers": [{"name": "b", "image": "2"}, {"$patch": "replace"}]},
+     containers(b="2")),
     (
+        "ServiceSpec",
         {"ports": [{"port": 80}, {"port": 81}]},
         {"ports": [{"port": 80, "name": "http"}]},
         {"ports": [{"port": 80, "name": "http"}, {"port": 81}]},
     ),
-    ({"finalizers": ["a", "b"]}, {"$deleteFromPrimitiveList/finalizers": ["a"]}, {"finalizers": ["b"]}),
-    ({"strategy": {"type": "A", "x": 1}}, {"strategy": {"$retainKeys": ["type"], "type": "B"}},
-     {"strategy": {"type": "B"}}),
-    ({"args": ["a", "b"]}, {"args": ["c"]}, {"args": ["c"]}),
+    ("ObjectMeta", {"finalizers": ["a", "b"]}, {"$deleteFromPrimitiveList/finalizers": ["a"]},
+     {"finalizers": ["b"]}),
+    ("ObjectMeta", {"finalizers": ["a"]}, {"finalizers": ["b"]}, {"finalizers": ["a", "b"]}),
+    ("DeploymentSpec", {"strategy": {"type": "A", "rollingUpdate": {}}},
+     {"strategy": {"$retainKeys": ["type"], "type": "B"}}, {"strategy": {"type": "B"}}),
+    ("Container", {"args": ["a", "b"]}, {"args": ["c"]}, {"args": ["c"]}),
+    ("PodSpec", {"tolerations": [{"key": "a"}]}, {"tolerations": [{"key": "b"}]},
+     {"tolerations": [{"key": "b"}]}),
+    ("NodeSpec", {"taints": [{"key": "a", "effect": "NoExecute"}]}, {"taints": []}, {"taints": []}),
     (
+        "PodSpec",
         containers(a="1", b="2"),
         {"$setElementOrder/containers": [{"name": "b"}, {"name": "a"}], "containers": []},
         containers(b="2", a="1"),
     ),
+    ("PodSpec", containers(a="1", x="1", b="2"),
+     {"$setElementOrder/containers": [{"name": "b"}, {"name": "a"}]}, containers(b="2", x="1", a="1")),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("target", "patch", "expected"), STRATEGIC)
-def test_strategic_merge(target: Any, patch: Any, expected: Any) -> None:
-    assert strategic_merge(target, patch) == expected
+@pytest.mark.parametrize(("kind", "target", "patch", "expected"), STRATEGIC)
+def test_strategic_merge(kind: str, target: Any, patch: Any, expected: Any) -> None:
+    assert strategic_merge(target, patch, builtin().types[kind]) == expected
+
+
+def test_strategic_merge_refuses_elements_without_their_key() -> None:
+    with pytest.raises(PatchError, match="does not contain declared merge key: name"):
+        strategic_merge({}, {"containers": [{"image": "1"}]}, builtin().types["PodSpec"])
+
+
+@pytest.mark.parametrize(
+    ("content_type", "patch", "code"),
+    [
+        ("application/json-patch+json", [{"op": "test", "path": "/a", "value": 2}], 422),
+        ("application/json-patch+json", [{"op": "remove", "path": "/missing"}], 422),
+        ("application/json-patch+json", [{"op": "spin", "path": "/a"}], 400),
+        ("application/json-patch+json", {"op": "test"}, 400),
+        ("application/merge-patch+json", [], 400),
+        ("application/merge-patch+json", {"metadata": None}, 400),
+    ],
+)
+def test_a_patch_that_does_not_fit_is_a_status(content_type: str, patch: Any, code: int) -> None:
+    with pytest.raises(StatusError) as refused:
+        patched({"metadata": {}, "a": 1}, patch, content_type, ANY)
+    assert refused.value.code == code
 
 
 @pytest.mark.parametrize(
