@@ -1,0 +1,185 @@
+"""The push stage: object changes gathered into batches, and every connection told what it is owed.
+
+A batch closes when no change came for the debounce time, or at its limit. Nothing is compiled or
+sent before the first complete picture: a proxy that reconnects to a starting istiod must not be
+told that what is not yet listed is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import meshlight
+from meshlight.controlplane.facts import ObjectKey
+from meshlight.controlplane.index import Index
+from meshlight.controlplane.logs import Scope
+from meshlight.controlplane.metrics import Metrics
+from meshlight.controlplane.resources import ADDRESS_TYPE, TYPE_PREFIX
+from meshlight.controlplane.settings import Mesh
+from meshlight.controlplane.xds import Response, Session
+from meshlight.kube.resources import Object
+from meshlight.proto import discovery_pb2 as ads
+
+log = Scope("ads")
+
+
+@dataclass(slots=True, eq=False)
+class Connection:
+    """One xDS stream. `owed` is set while there is something to send; times are Unix seconds."""
+
+    session: Session
+    peer: str
+    connected_at: float
+    owed: asyncio.Event = field(default_factory=asyncio.Event)
+    owed_since: float | None = None
+
+
+class Discovery:
+    """The index, and the connections that follow it."""
+
+    def __init__(self, mesh: Mesh, metrics: Metrics, debounce: timedelta, limit: timedelta) -> None:
+        self.index = Index(mesh)
+        self.metrics = metrics
+        self.connections: set[Connection] = set()
+        self.synced = asyncio.Event()
+        self._debounce, self._limit = debounce.total_seconds(), limit.total_seconds()
+        self._changed = asyncio.Event()
+        self._first_change = 0.0
+        self._last_change = 0.0
+        self._ids = itertools.count(1)
+
+    def observe(self, kind: str, key: ObjectKey, obj: Object | None) -> None:
+        """Take an object's present state. One that cannot be read keeps its last readable state."""
+        try:
+            self.index.observe(kind, key, obj)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            self.metrics.unreadable_objects.inc(kind)
+            log.error(
+                "object could not be read; its last readable state stays", kind=kind, key=key, error=repr(error)
+            )
+        now = time.monotonic()
+        if not self._changed.is_set():
+            self._first_change = now
+        self._last_change = now
+        if self.index.pending():
+            self._changed.set()
+
+    def start(self) -> None:
+        """Say that every object has been observed once; connections are served from now on."""
+        self._push()
+        self.synced.set()
+
+    async def run(self) -> None:
+        """Push batches until cancelled; `start` comes first."""
+        await self.synced.wait()
+        while True:
+            await self._changed.wait()
+            await self._batch_closed()
+            self._push()
+
+    async def _batch_closed(self) -> None:
+        while True:
+            end = min(self._last_change + self._debounce, self._first_change + self._limit)
+            if (wait := end - time.monotonic()) <= 0:
+                return
+            await asyncio.sleep(wait)
+
+    def _push(self) -> None:
+        self._changed.clear()
+        changes = self.index.commit()
+        if not changes:
+            return
+        since = self._first_change
+        self.metrics.debounce.observe(max(time.monotonic() - since, 0))
+        addresses = self.index.collections[ADDRESS_TYPE]
+        self.metrics.services.set(sum(1 for r in addresses if not r.groups and r.message.HasField("service")))
+        for connection in self.connections:
+            if connection.session.change(changes):
+                connection.owed_since = connection.owed_since or since
+                connection.owed.set()
+        summary = {
+            type_url.rpartition(".")[2]: {"updated": len(change.updated), "removed": len(change.removed)}
+            for type_url, change in changes.items()
+        }
+        log.info("push", connections=len(self.connections), changes=summary)
+
+    @contextlib.contextmanager
+    def connection(self, peer: str) -> Iterator[Connection]:
+        """A connection for as long as its stream lives."""
+        session = Session(self.index.collections, next(self._ids))
+        connection = Connection(session, peer, time.time())
+        self.connections.add(connection)
+        self._count_connections()
+        try:
+            yield connection
+        finally:
+            self.connections.discard(connection)
+            self._count_connections()
+            log.info("xDS stream ended", proxy=session.proxy.id, peer=peer)
+
+    def _count_connections(self) -> None:
+        self.metrics.connections.labels(version=meshlight.__version__).set(len(self.connections))
+
+    def receive(self, connection: Connection, request: ads.DeltaDiscoveryRequest) -> None:
+        """Take a request of a client; raises xds.UnknownType."""
+        session = connection.session
+        fresh = request.type_url not in session.subscriptions
+        rejection = session.receive(request, time.time())
+        if rejection is not None:
+            self.metrics.rejects.inc(short_name(rejection.type_url))
+            log.warn(
+                "push rejected by proxy",
+                proxy=session.proxy.id,
+                type=short_name(rejection.type_url),
+                nonce=rejection.nonce,
+                code=rejection.code,
+                error=rejection.message,
+            )
+        elif fresh:
+            subscription = session.subscriptions[request.type_url]
+            log.info(
+                "xDS subscription",
+                proxy=session.proxy.id,
+                peer=connection.peer,
+                type=short_name(request.type_url),
+                wildcard=subscription.wildcard,
+                held=len(request.initial_resource_versions),
+            )
+        connection.owed.set()
+
+    def responses(self, connection: Connection) -> Iterator[Response]:
+        """What is owed to a client now; account for each once sent with `sent`."""
+        connection.owed.clear()
+        yield from connection.session.respond(time.time())
+
+    def sent(self, connection: Connection, response: Response) -> None:
+        """Account for a response that left."""
+        name = short_name(response.type_url)
+        self.metrics.pushes.inc(name)
+        self.metrics.sizes.labels(type=name).observe(len(response.encoded))
+        log.debug(
+            "response sent",
+            proxy=connection.session.proxy.id,
+            type=name,
+            nonce=response.nonce,
+            resources=response.resources,
+            removed=response.removed,
+            size=len(response.encoded),
+        )
+
+    def converged(self, connection: Connection) -> None:
+        """Account for a client having been sent everything it was owed."""
+        if connection.owed_since is not None and not connection.owed.is_set():
+            self.metrics.convergence.observe(time.monotonic() - connection.owed_since)
+            connection.owed_since = None
+
+
+def short_name(type_url: str) -> str:
+    """A type as logs and metrics name it: `istio.workload.Address`."""
+    return type_url.removeprefix(TYPE_PREFIX)

@@ -1,0 +1,315 @@
+"""The delta xDS protocol of one connection, without I/O.
+
+Each type of a connection is a `Subscription`: requests and changes go in, responses come out. What
+is owed to a client is a set of names, not a queue of messages, so that a slow client costs a bounded
+amount of memory and is always sent the present state when it is ready for it.
+
+Rules: Envoy's "xDS REST and gRPC protocol", incremental variant, and what Istio's ztunnel relies on
+beyond it: subscribing to nothing by `*` in both lists, names of the form `NETWORK/IP`, services
+bringing their workloads, and the workloads of the client's own node coming unasked.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from meshlight.controlplane.resources import (
+    ADDRESS_TYPE,
+    AUTHORIZATION_TYPE,
+    TYPE_PREFIX,
+    WORKLOAD_TYPE,
+    Change,
+    Changes,
+    Published,
+    node_group,
+    plain_workload,
+)
+from meshlight.proto import discovery_pb2 as ads
+
+WILDCARD = "*"
+
+
+class Resources(Protocol):
+    """What a subscription reads: the present resources of one type."""
+
+    def __iter__(self) -> Iterator[Published]: ...
+    def get(self, name: str) -> Published | None:
+        """The resource of exactly that name."""
+
+    def find(self, name: str) -> list[Published]:
+        """The resources a subscription to `name` means."""
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One DeltaDiscoveryResponse, ready to send."""
+
+    type_url: str
+    nonce: str
+    resources: int
+    removed: int
+    encoded: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A client refused a response (NACK)."""
+
+    type_url: str
+    nonce: str
+    code: int
+    message: str
+
+
+@dataclass(slots=True)
+class Acknowledgement:
+    """What was sent of a type and what the client made of it; times are the caller's clock."""
+
+    sent_nonce: str = ""
+    acked_nonce: str = ""
+    sent_at: float = 0.0
+    acked_at: float = 0.0
+    last_error: str = ""
+    sent_responses: int = 0
+    rejected_responses: int = 0
+
+    @property
+    def status(self) -> str:
+        """As `istioctl proxy-status` words it."""
+        if self.last_error:
+            return "ERROR"
+        if not self.sent_nonce:
+            return "NOT SENT"
+        return "SYNCED" if self.sent_nonce == self.acked_nonce else "STALE"
+
+
+class Subscription:
+    """One type on one connection."""
+
+    def __init__(self, type_url: str, resources: Resources, node: str) -> None:
+        self.type_url = type_url
+        self.wildcard = False
+        self.acknowledgement = Acknowledgement()
+        self._resources = resources
+        self._node_group = node_group(node) if node else ""
+        self._requested: set[str] = set()
+        self._sent: set[str] = set()
+        self._held: dict[str, str] = {}
+        self._owed: set[str] = set()
+        self._owed_removed: set[str] = set()
+        self._must_answer = False
+        self._initial = True
+
+    def names(self) -> list[str]:
+        """What the client asked for."""
+        return [WILDCARD] if self.wildcard else sorted(self._requested)
+
+    def receive(self, request: ads.DeltaDiscoveryRequest, now: float) -> Rejection | None:
+        """Take a request of this type: a subscription, an ACK or a NACK, or both at once."""
+        rejection = self._acknowledge(request, now)
+        subscribe, unsubscribe = set(request.resource_names_subscribe), set(request.resource_names_unsubscribe)
+        if self._initial:
+            self._initial = False
+            self._must_answer = True
+            self._held = dict(request.initial_resource_versions)
+            self.wildcard = not subscribe
+            if not self.wildcard and WILDCARD not in subscribe - unsubscribe:
+                subscribe |= self._held.keys()  # a reconnecting client still wants what it holds
+            if self.wildcard:
+                self._owe_everything()
+            elif self._node_group:
+                self._owe_found(self._node_group)
+        if WILDCARD in subscribe - unsubscribe:
+            self.wildcard = True
+            self._owe_everything()
+        elif WILDCARD in unsubscribe:
+            self.wildcard = False
+        for name in unsubscribe - subscribe:
+            self._requested.discard(name)
+            self._sent.discard(name)
+        for name in subscribe - unsubscribe - {WILDCARD}:
+            self._requested.add(name)
+            self._must_answer = True
+            self._owe_found(name)
+        return rejection
+
+    def _acknowledge(self, request: ads.DeltaDiscoveryRequest, now: float) -> Rejection | None:
+        state, nonce = self.acknowledgement, request.response_nonce
+        if not nonce or not state.sent_nonce:
+            return None
+        if request.HasField("error_detail"):
+            state.last_error = request.error_detail.message or f"code {request.error_detail.code}"
+            state.rejected_responses += 1
+            return Rejection(self.type_url, nonce, request.error_detail.code, state.last_error)
+        state.acked_nonce, state.acked_at = nonce, now
+        if nonce == state.sent_nonce:
+            state.last_error = ""
+        return None
+
+    def _owe_everything(self) -> None:
+        self._must_answer = True
+        present = {resource.name for resource in self._resources}
+        self._owed |= present
+        self._owed_removed |= self._held.keys() - present
+
+    def _owe_found(self, name: str) -> None:
+        found = self._resources.find(name)
+        self._owed.update(resource.name for resource in found)
+        if not found and name != self._node_group:
+            # The protocol's answer for what does not exist, so that the client need not time out.
+            self._owed_removed.add(name)
+
+    def change(self, change: Change) -> bool:
+        """Take what changed of this type; returns whether something is owed now."""
+        for name, resource in change.updated.items():
+            if self._wants(resource):
+                self._owed.add(name)
+                self._owed_removed.difference_update((name, *resource.aliases))
+        for name, resource in change.removed.items():
+            self._owed.discard(name)
+            if self.wildcard or name in self._sent or not self._requested.isdisjoint((name, *resource.aliases)):
+                self._owed_removed.add(name)
+        return bool(self._owed or self._owed_removed)
+
+    def _wants(self, resource: Published) -> bool:
+        if self.wildcard or resource.name in self._sent or resource.name in self._requested:
+            return True
+        names = (*resource.aliases, *resource.groups)
+        return self._node_group in names or not self._requested.isdisjoint(names)
+
+    def respond(self, nonce: str, now: float) -> Response | None:
+        """The response that is owed, if any; afterwards nothing is owed."""
+        if not (self._owed or self._owed_removed or self._must_answer):
+            return None
+        present = []
+        for name in sorted(self._owed):
+            resource = self._resources.get(name)
+            if resource is not None and self._held.get(name) != resource.version:
+                present.append(resource)
+        if not self.wildcard:
+            self._sent |= self._owed
+            self._sent -= self._owed_removed
+        removed = sorted(self._owed_removed)
+        if not (present or removed or self._must_answer):
+            self._owed = set()
+            return None
+        head = ads.DeltaDiscoveryResponse(type_url=self.type_url, nonce=nonce, removed_resources=removed)
+        encoded = head.SerializeToString() + b"".join(resource.fragment for resource in present)
+        self._held = {}  # only a claim about the time before this stream
+        self._owed, self._owed_removed, self._must_answer = set(), set(), False
+        state = self.acknowledgement
+        state.sent_nonce, state.sent_at = nonce, now
+        state.sent_responses += 1
+        return Response(self.type_url, nonce, len(present), len(removed), encoded)
+
+
+class PlainWorkloads:
+    """The workloads among the Address resources, under the older type of workloads alone."""
+
+    def __init__(self, addresses: Resources) -> None:
+        self._addresses = addresses
+
+    def __iter__(self) -> Iterator[Published]:
+        return _plain(self._addresses)
+
+    def get(self, name: str) -> Published | None:
+        """The workload of exactly that name."""
+        resource = self._addresses.get(name)
+        return plain_workload(resource) if resource is not None else None
+
+    def find(self, name: str) -> list[Published]:
+        """The workloads a subscription to `name` means; a service's name means its workloads."""
+        return list(_plain(self._addresses.find(name)))
+
+
+def _plain(resources: Iterable[Published]) -> Iterator[Published]:
+    for resource in resources:
+        if (plain := plain_workload(resource)) is not None:
+            yield plain
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """The client, from the node of its first request."""
+
+    id: str
+    node: str
+    version: str
+    cluster: str
+
+    @classmethod
+    def of(cls, node: ads.Node) -> Proxy:
+        """Read a node; its `metadata` names are Istio's."""
+        metadata = {name: value.string_value for name, value in node.metadata.fields.items()}
+        return cls(
+            id=node.id,
+            node=metadata.get("NODE_NAME", ""),
+            version=metadata.get("ISTIO_VERSION", ""),
+            cluster=metadata.get("CLUSTER_ID", ""),
+        )
+
+    @property
+    def name(self) -> str:
+        """`POD.NAMESPACE` of `ztunnel~IP~POD.NAMESPACE~DOMAIN`."""
+        parts = self.id.split("~")
+        return parts[2] if len(parts) == 4 else self.id
+
+
+class UnknownType(Exception):
+    """A client asked for a resource type that is not served."""
+
+
+class Session:
+    """All types of one connection."""
+
+    def __init__(self, collections: Mapping[str, Resources], id: int) -> None:
+        self.id = id
+        self.proxy = Proxy("", "", "", "")
+        self.subscriptions: dict[str, Subscription] = {}
+        self._sources: dict[str, Resources] = {
+            **collections,
+            WORKLOAD_TYPE: PlainWorkloads(collections[ADDRESS_TYPE]),
+        }
+        self._nonces = itertools.count(1)
+
+    def receive(self, request: ads.DeltaDiscoveryRequest, now: float) -> Rejection | None:
+        """Take one request. Raises UnknownType naming a type that is not served."""
+        if request.HasField("node"):
+            self.proxy = Proxy.of(request.node)
+        subscription = self.subscriptions.get(request.type_url)
+        if subscription is None:
+            source = self._sources.get(request.type_url)
+            if source is None:
+                known = ", ".join(name.removeprefix(TYPE_PREFIX) for name in self._sources)
+                raise UnknownType(f"type_url {request.type_url!r} is not served; served are {known}")
+            node = self.proxy.node if request.type_url != AUTHORIZATION_TYPE else ""
+            subscription = Subscription(request.type_url, source, node)
+            self.subscriptions[request.type_url] = subscription
+        return subscription.receive(request, now)
+
+    def change(self, changes: Changes) -> bool:
+        """Take what changed; returns whether something is owed now."""
+        owed = False
+        for type_url, subscription in self.subscriptions.items():
+            change = changes.get(ADDRESS_TYPE if type_url == WORKLOAD_TYPE else type_url)
+            if change:
+                owed |= subscription.change(_workloads_of(change) if type_url == WORKLOAD_TYPE else change)
+        return owed
+
+    def respond(self, now: float) -> Iterator[Response]:
+        """Every response that is owed. Policies come first, so that no workload names an unknown one."""
+        order = sorted(self.subscriptions, key=lambda type_url: type_url != AUTHORIZATION_TYPE)
+        for type_url in order:
+            response = self.subscriptions[type_url].respond(f"{self.id}-{next(self._nonces)}", now)
+            if response is not None:
+                yield response
+
+
+def _workloads_of(change: Change) -> Change:
+    return Change(
+        {r.name: r for r in _plain(change.updated.values())},
+        {r.name: r for r in _plain(change.removed.values())},
+    )
