@@ -57,9 +57,11 @@ def apply(
 
 def update(live: Object, new: Object, schema: Schema, owners: Owners, manager: Manager) -> Owners:
     """The owners after `manager` wrote `new` over `live`: it owns what it changed."""
-    change = field_sets.difference(live, new, schema)
-    if not change:
-        return owners
+    return changed(owners, manager, field_sets.difference(live, new, schema))
+
+
+def changed(owners: Owners, manager: Manager, change: field_sets.Difference) -> Owners:
+    """The owners after `manager` made that change."""
     owners = _transferred(owners, manager, change, force=True)
     own = (owners.get(manager, EMPTY) - change.removed) | change.modified | change.added
     return _without_empty({**owners, manager: own})

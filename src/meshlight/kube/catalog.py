@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from meshlight.kube import schema_language
 from meshlight.kube.resources import Object, Resource
+from meshlight.kube.schema import ANY, Schema, from_openapi
 
 ALL_VERBS = (
     "create", "delete", "deletecollection", "get", "list", "patch", "update", "watch",
@@ -29,9 +32,9 @@ class Subresource:
     version: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ResourceType:
-    """One served resource type."""
+    """One served resource type; `schema` is a custom resource's `openAPIV3Schema`, None for built-in kinds."""
 
     resource: Resource
     singular: str
@@ -47,6 +50,14 @@ class ResourceType:
     def has_status(self) -> bool:
         """Whether `status` is written only through its subresource."""
         return any(s.name == "status" for s in self.subresources)
+
+    @cached_property
+    def structure(self) -> Schema:
+        """The schema of its objects."""
+        types = schema_language.builtin()
+        if self.schema is None:
+            return types.kinds.get((self.resource.api_version, self.resource.kind), ANY)
+        return from_openapi(self.schema, types.types["ObjectMeta"])
 
     @property
     def storage_key(self) -> str:
@@ -111,6 +122,14 @@ BUILTIN: tuple[ResourceType, ...] = (
     _builtin("apps/v1", "controllerrevisions", "ControllerRevision"),
     _builtin("discovery.k8s.io/v1", "endpointslices", "EndpointSlice"),
     _builtin("coordination.k8s.io/v1", "leases", "Lease"),
+    _builtin("rbac.authorization.k8s.io/v1", "roles", "Role"),
+    _builtin("rbac.authorization.k8s.io/v1", "rolebindings", "RoleBinding"),
+    _builtin("rbac.authorization.k8s.io/v1", "clusterroles", "ClusterRole", namespaced=False),
+    _builtin("rbac.authorization.k8s.io/v1", "clusterrolebindings", "ClusterRoleBinding", namespaced=False),
+    _builtin("authorization.k8s.io/v1", "subjectaccessreviews", "SubjectAccessReview",
+             namespaced=False, verbs=CREATE_ONLY),
+    _builtin("authentication.k8s.io/v1", "selfsubjectreviews", "SelfSubjectReview",
+             namespaced=False, verbs=CREATE_ONLY),
     _builtin("authentication.k8s.io/v1", "tokenreviews", "TokenReview",
              namespaced=False, verbs=CREATE_ONLY),
     _builtin("authorization.k8s.io/v1", "selfsubjectaccessreviews", "SelfSubjectAccessReview",
@@ -158,6 +177,9 @@ class Catalog:
             del self._types[key]
 
 
+_ANYTHING = {"x-kubernetes-preserve-unknown-fields": True}
+
+
 def _crd_types(crd: Object) -> Iterable[ResourceType]:
     spec, names = crd["spec"], crd["spec"]["names"]
     for version in spec["versions"]:
@@ -174,7 +196,7 @@ def _crd_types(crd: Object) -> Iterable[ResourceType]:
             tuple(names.get("categories") or ()),
             ALL_VERBS,
             tuple(subresources),
-            (version.get("schema") or {}).get("openAPIV3Schema"),
+            (version.get("schema") or {}).get("openAPIV3Schema") or _ANYTHING,
             tuple(version.get("additionalPrinterColumns") or ()),
             bool(version.get("storage")),
         )

@@ -1,5 +1,5 @@
 """The patches of the Kubernetes API: JSON Patch (RFC 6902), JSON Merge Patch (RFC 7386) and
-strategic merge patch (lists merged by key, as `patchMergeKey` of the API types declares).
+strategic merge patch (lists merged by key, as the kinds' schemas declare).
 
 Pure; every function returns a new document and leaves its arguments alone.
 """
@@ -9,31 +9,39 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-MERGE_KEYS: dict[str, str] = {
-    # patchMergeKey of core/v1 and apps/v1, by the name of the list's field
-    "containers": "name",
-    "initContainers": "name",
-    "ephemeralContainers": "name",
-    "volumes": "name",
-    "env": "name",
-    "volumeMounts": "mountPath",
-    "volumeDevices": "devicePath",
-    "imagePullSecrets": "name",
-    "hostAliases": "ip",
-    "topologySpreadConstraints": "topologyKey",
-    "conditions": "type",
-    "addresses": "type",
-    "ownerReferences": "uid",
-    "secrets": "name",
-    "taints": "key",
-    "podIPs": "ip",
-    "hostIPs": "ip",
-}
-PRIMITIVE_LISTS = {"finalizers"}
+from meshlight.kube.resources import Object
+from meshlight.kube.schema import ANY, Schema
+from meshlight.kube.status import StatusError, bad_request
 
 
 class PatchError(ValueError):
-    """The patch is malformed or does not fit the document; the message names the place."""
+    """The patch is malformed; the message names the place."""
+
+
+class DoesNotApplyError(PatchError):
+    """A well-formed JSON Patch does not fit the document: a path is missing, or a test fails."""
+
+
+def patched(document: Object, body: Any, content_type: str, schema: Schema) -> Object:
+    """A JSON, merge or strategic merge patch applied to an object. Raises StatusError 400 or 422."""
+    try:
+        if content_type == "application/json-patch+json":
+            result = json_patch(document, body)
+        elif not isinstance(body, dict):
+            raise PatchError(f"a {content_type} patch is an object")
+        elif content_type == "application/strategic-merge-patch+json":
+            result = strategic_merge(document, body, schema)
+        else:
+            result = merge(document, body)
+    except DoesNotApplyError as error:
+        message = "the server rejected our request due to an error in our request"
+        causes = [{"reason": "UnexpectedServerResponse", "message": str(error)}]
+        raise StatusError(422, "Invalid", message, {"causes": causes}) from error
+    except PatchError as error:
+        raise bad_request(str(error)) from error
+    if not isinstance(result, dict) or not isinstance(result.get("metadata"), dict):
+        raise bad_request("the patch leaves no Kubernetes object")
+    return result
 
 
 def merge(target: Any, patch: Any) -> Any:
@@ -55,15 +63,19 @@ def json_patch(document: Any, operations: Any) -> Any:
         raise PatchError("a JSON patch is a list of operations")
     document = copy.deepcopy(document)
     for operation in operations:
-        verb, path = operation.get("op"), operation.get("path", "")
+        if not isinstance(operation, dict) or not isinstance(operation.get("path"), str):
+            raise PatchError(f"not an operation with a path: {operation!r}")
+        verb, path = operation.get("op"), operation["path"]
         if verb in ("move", "copy"):
+            if not isinstance(operation.get("from"), str):
+                raise PatchError(f"operation {verb} lacks from")
             value = copy.deepcopy(_read(document, operation["from"]))
             if verb == "move":
                 document = _change(document, operation["from"], "remove", None)
             document = _change(document, path, "add", value)
         elif verb == "test":
             if _read(document, path) != operation.get("value"):
-                raise PatchError(f"testing value {path} failed")
+                raise DoesNotApplyError(f"testing value {path} failed: test failed")
         elif verb in ("add", "replace", "remove"):
             document = _change(document, path, verb, copy.deepcopy(operation.get("value")))
         else:
@@ -79,7 +91,15 @@ def _tokens(path: str) -> list[str]:
 
 def _index(container: list[Any], token: str, path: str) -> int:
     if not token.isdigit() or int(token) >= len(container):
-        raise PatchError(f"no element {token!r} at {path!r}")
+        raise DoesNotApplyError(f"no element {token!r} at {path!r}")
+    return int(token)
+
+
+def _insertion(container: list[Any], token: str, path: str) -> int:
+    if token == "-":
+        return len(container)
+    if not token.isdigit() or int(token) > len(container):
+        raise DoesNotApplyError(f"no place {token!r} at {path!r}")
     return int(token)
 
 
@@ -90,7 +110,7 @@ def _read(document: Any, path: str) -> Any:
         elif isinstance(document, dict) and token in document:
             document = document[token]
         else:
-            raise PatchError(f"path {path!r} does not exist")
+            raise DoesNotApplyError(f"path {path!r} does not exist")
     return document
 
 
@@ -102,20 +122,20 @@ def _change(document: Any, path: str, verb: str, value: Any) -> Any:
     token = tokens[-1]
     if isinstance(parent, list):
         if verb == "add":
-            parent.insert(len(parent) if token == "-" else min(int(token), len(parent)), value)
+            parent.insert(_insertion(parent, token, path), value)
         elif verb == "remove":
             del parent[_index(parent, token, path)]
         else:
             parent[_index(parent, token, path)] = value
     elif isinstance(parent, dict):
         if verb != "add" and token not in parent:
-            raise PatchError(f"path {path!r} does not exist")
+            raise DoesNotApplyError(f"path {path!r} does not exist")
         if verb == "remove":
             del parent[token]
         else:
             parent[token] = value
     else:
-        raise PatchError(f"path {path!r} does not exist")
+        raise DoesNotApplyError(f"path {path!r} does not exist")
     return document
 
 
@@ -123,8 +143,11 @@ def _escape(token: str) -> str:
     return token.replace("~", "~0").replace("/", "~1")
 
 
-def strategic_merge(target: Any, patch: Any) -> Any:
-    """Strategic merge patch, with `$patch`, `$retainKeys`, `$setElementOrder` and primitive deletion."""
+def strategic_merge(target: Any, patch: Any, schema: Schema) -> Any:
+    """Strategic merge patch, with `$patch`, `$retainKeys`, `$setElementOrder` and primitive deletion.
+
+    `schema` says which lists merge and by which key; the others are replaced.
+    """
     if not isinstance(patch, dict):
         return copy.deepcopy(patch)
     directive = patch.get("$patch")
@@ -132,6 +155,8 @@ def strategic_merge(target: Any, patch: Any) -> Any:
         return {}
     if directive == "replace":
         return {k: copy.deepcopy(v) for k, v in patch.items() if k != "$patch"}
+    if directive not in (None, "merge"):
+        raise PatchError(f"unrecognized patch type {directive!r}")
     result = dict(target) if isinstance(target, dict) else {}
     if retain := patch.get("$retainKeys"):
         result = {k: v for k, v in result.items() if k in retain}
@@ -145,52 +170,48 @@ def strategic_merge(target: Any, patch: Any) -> Any:
             result.pop(key, None)
         elif isinstance(value, list):
             order = patch.get(f"$setElementOrder/{key}")
-            result[key] = _merge_list(key, result.get(key) or [], value, order)
+            result[key] = _merge_list(result.get(key) or [], value, order, schema.member(key) or ANY, key)
         else:
-            result[key] = strategic_merge(result.get(key), value)
+            result[key] = strategic_merge(result.get(key), value, schema.member(key) or ANY)
     for key, order in patch.items():
         if key.startswith("$setElementOrder/"):
             name = key.split("/", 1)[1]
-            if name in result and name not in patch:
-                result[name] = _ordered(_merge_key(name, result[name]), result[name], order)
+            if result.get(name) and name not in patch:
+                result[name] = _ordered((schema.member(name) or ANY).merge_key, result[name], order)
     return result
 
 
-def _merge_key(name: str, elements: list[Any]) -> str | None:
-    objects = [e for e in elements if isinstance(e, dict)]
-    if name == "ports":
-        # Containers merge ports by containerPort, Services by port.
-        return "containerPort" if any("containerPort" in e for e in objects) else "port"
-    return MERGE_KEYS.get(name) if objects or not elements else None
-
-
-def _merge_list(name: str, target: list[Any], patch: list[Any], order: list[Any] | None) -> list[Any]:
+def _merge_list(
+    target: list[Any], patch: list[Any], order: list[Any] | None, schema: Schema, name: str
+) -> list[Any]:
     if any(isinstance(e, dict) and e.get("$patch") == "replace" for e in patch):
         return [copy.deepcopy(e) for e in patch if e.get("$patch") != "replace"]
-    key = _merge_key(name, patch or target)
-    if key is None:
-        if name in PRIMITIVE_LISTS:
-            merged = [*target, *(e for e in patch if e not in target)]
-            return _ordered(None, merged, order) if order else merged
+    key = schema.merge_key
+    if "merge" not in schema.patch_strategy:
         return copy.deepcopy(patch)
+    if not key:
+        merged = [*target, *(e for e in patch if e not in target)]
+        return _ordered("", merged, order) if order else merged
     result = list(target)
     for element in patch:
-        at = next((i for i, e in enumerate(result) if e.get(key) == element.get(key)), None)
+        if not isinstance(element, dict) or key not in element:
+            raise PatchError(f"map: {element} does not contain declared merge key: {key} (in {name})")
+        at = next((i for i, e in enumerate(result) if e.get(key) == element[key]), None)
         if element.get("$patch") == "delete":
-            if at is not None:
-                del result[at]
+            result = [e for e in result if e.get(key) != element[key]]
         elif at is None:
-            result.append(strategic_merge({}, element))
+            result.append(strategic_merge({}, element, schema.items or ANY))
         else:
-            result[at] = strategic_merge(result[at], element)
+            result[at] = strategic_merge(result[at], element, schema.items or ANY)
     return _ordered(key, result, order) if order else result
 
 
-def _ordered(key: str | None, elements: list[Any], order: list[Any]) -> list[Any]:
+def _ordered(key: str, elements: list[Any], order: list[Any]) -> list[Any]:
+    """The elements in the wanted order; those it does not name keep their place among the others."""
     wanted = [o.get(key) if key else o for o in order]
 
-    def rank(element: Any) -> int:
-        value = element.get(key) if key else element
-        return wanted.index(value) if value in wanted else len(wanted)
+    def value(element: Any) -> Any:
+        return element.get(key) if key else element
 
-    return sorted(elements, key=rank)
+    named = iter(sorted((e for e in elements if value(e) in wanted), key=lambda e: wanted.index(value(e))))
+    return [next(named) if value(e) in wanted else e for e in elements]

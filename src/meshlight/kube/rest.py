@@ -5,20 +5,25 @@ No HTTP here: arguments are parsed, answers are objects, refusals are StatusErro
 
 from __future__ import annotations
 
-import copy
 import uuid
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
-from meshlight.kube import objects, patch, service_addresses
+import orjson
+
+from meshlight.kube import deletion, managed_fields, objects, patch, scale, service_addresses
 from meshlight.kube.catalog import Catalog, ResourceType
 from meshlight.kube.resources import Object
 from meshlight.kube.selectors import Predicate, fields, labels
 from meshlight.kube.status import (
+    Cause,
     StatusError,
     already_exists,
     bad_request,
     conflict,
+    forbidden,
+    invalid,
     not_found,
 )
 from meshlight.kube.store import ConflictError, Key, Store
@@ -45,18 +50,21 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class WriteOptions:
-    """Query parameters of a write."""
+    """Query parameters of a write; `warnings` collects what the answer's Warning headers shall say."""
 
     dry_run: bool = False
     field_validation: str = "Warn"
     field_manager: str = ""
+    force: bool = False
+    duplicates: tuple[str, ...] = ()
+    warnings: list[str] = field(default_factory=list)
 
 
-PATCH_TYPES = (
-    "application/json-patch+json",
-    "application/merge-patch+json",
-    "application/strategic-merge-patch+json",
-)
+JSON_PATCH = "application/json-patch+json"
+MERGE_PATCH = "application/merge-patch+json"
+STRATEGIC_MERGE_PATCH = "application/strategic-merge-patch+json"
+APPLY_PATCH = "application/apply-patch+yaml"
+PATCH_TYPES = (JSON_PATCH, MERGE_PATCH, STRATEGIC_MERGE_PATCH, APPLY_PATCH)
 
 
 def matcher(label_selector: str, field_selector: str) -> Predicate:
@@ -86,6 +94,10 @@ class Rest:
         """An object of the core group by name, or None."""
         return self.store.get(Key(f"/{plural}", namespace, name))
 
+    def rbac_objects(self, plural: str, namespace: str | None) -> Iterable[Object]:
+        """Stored Roles, ClusterRoles or bindings of them."""
+        return self.store.list(f"rbac.authorization.k8s.io/{plural}", namespace)
+
     def _complete_service(self, target: Target, obj: Object, old: Object | None) -> None:
         """Addresses and node ports of a Service that is about to be written. Raises StatusError 422."""
         if target.served.resource.kind == "Service":
@@ -103,7 +115,7 @@ class Rest:
         if obj is None:
             raise target.missing()
         obj = self.presented(target.served, obj)
-        return _scale(obj) if target.subresource == "scale" else obj
+        return scale.of(obj) if target.subresource == "scale" else obj
 
     def list(self, target: Target, matches: Predicate, limit: int, after: str) -> tuple[list[Object], str]:
         """Matching objects, and the continue token when there are more than `limit` (0: all)."""
@@ -119,25 +131,30 @@ class Rest:
 
     def create(self, target: Target, obj: Any, options: WriteOptions) -> Object:
         """Create an object. Raises StatusError 400, 404 (namespace), 409, 422."""
+        objects.check_type(target.served, obj, target.namespace)
+        self._decode(target, obj, options)
+        return self._create(target, obj, options, applied=False)
+
+    def _create(self, target: Target, obj: Object, options: WriteOptions, *, applied: bool) -> Object:
         served = target.served
-        objects.check_type(served, obj, target.namespace)
-        if served.resource.namespaced:
-            self._check_namespace(target)
-        self._check_fields(served, obj, options)
         objects.new(obj, str(uuid.uuid4()))
+        if served.resource.namespaced:
+            self._check_namespace(target, obj["metadata"].get("name", ""))
         if served.has_status and served.resource.kind not in ("Node", "Pod"):
             obj.pop("status", None)
-        objects.validate(served, obj)
         objects.apply_defaults(served, obj)
+        objects.set_generation(served, None, obj)
+        objects.validate(served, obj)
+        if not applied:
+            managed_fields.record_update(None, obj, served.structure, _writer(target, options))
         self._complete_service(target, obj, None)
-        if served.resource.kind == "CustomResourceDefinition":
-            self._establish(obj)
         key = Key(served.storage_key, target.namespace or "", obj["metadata"]["name"])
         if options.dry_run:
             if self.store.get(key) is not None:
                 raise already_exists(served.resource.group, served.resource.plural, key.name)
-            checked: Object = obj
-            return checked
+            return obj
+        if served.resource.kind == "CustomResourceDefinition":
+            self._establish(obj)
         try:
             return self.store.write(key, obj, None)
         except ConflictError:
@@ -148,65 +165,98 @@ class Rest:
         old = self.store.get(target.key)
         if old is None:
             raise target.missing()
+        self.presented(target.served, old)
+        if target.subresource == "scale":
+            return self._scale(target, old, obj, options)
         objects.check_type(target.served, obj, target.namespace)
-        stated = obj["metadata"].get("resourceVersion")
-        if stated and stated != old["metadata"]["resourceVersion"]:
-            raise self._conflict(target)
-        return self._update(target, old, obj, options)
+        _check_name(target, obj)
+        self._decode(target, obj, options)
+        return self._update(target, old, obj, options, applied=False)
 
-    def patch(self, target: Target, body: Any, content_type: str, options: WriteOptions) -> Object:
-        """PATCH by JSON patch, merge patch or strategic merge patch."""
-        if content_type not in PATCH_TYPES:
-            known = ", ".join(PATCH_TYPES)
-            raise StatusError(
-                415,
-                "UnsupportedMediaType",
-                f"{content_type} patches (server-side apply) are not served yet; the API accepts {known}. "
-                "Use `kubectl apply` without --server-side",
-            )
+    def _scale(self, target: Target, old: Object, wanted: Any, options: WriteOptions) -> Object:
+        """Write an object's replicas by a Scale."""
+        return scale.of(self._update(target, old, scale.written(old, wanted), options, applied=False))
+
+    def patch(self, target: Target, body: Any, content_type: str, options: WriteOptions) -> tuple[Object, bool]:
+        """PATCH of any type; also says whether an apply created the object.
+
+        Raises StatusError 400, 404, 409, 415, 422.
+        """
+        served = target.served
+        known = [t for t in PATCH_TYPES if served.schema is None or t != STRATEGIC_MERGE_PATCH]
+        if content_type not in known:
+            message = "the body of the request was in an unknown format - accepted media types include: "
+            message += ", ".join(known)
+            raise StatusError(415, "UnsupportedMediaType", message)
+        if content_type == APPLY_PATCH:
+            return self._apply(target, body, options)
+        if options.force:
+            detail = "Forbidden: may not be specified for non-apply patch"
+            raise _invalid_option("force", "FieldValueForbidden", detail)
         old = self.store.get(target.key)
         if old is None:
             raise target.missing()
-        self.presented(target.served, old)
-        base = copy.deepcopy(old)
+        self.presented(served, old)
+        base = scale.of(old) if target.subresource == "scale" else _copy(old)
+        obj = patch.patched(base, body, content_type, served.structure)
         if target.subresource == "scale":
-            body = {"spec": {"replicas": body["spec"]["replicas"]}}
-        try:
-            if content_type == "application/json-patch+json":
-                obj = patch.json_patch(base, body)
-            elif content_type == "application/strategic-merge-patch+json":
-                obj = patch.strategic_merge(base, body)
-            else:
-                obj = patch.merge(base, body)
-        except patch.PatchError as error:
-            raise bad_request(str(error)) from error
-        stated = obj["metadata"].get("resourceVersion")
+            return self._scale(target, old, obj, options), False
+        objects.check_type(served, obj, target.namespace)
+        _check_name(target, obj)
+        self._decode(target, obj, options)
+        return self._update(target, old, obj, options, applied=False), False
+
+    def _apply(self, target: Target, config: Any, options: WriteOptions) -> tuple[Object, bool]:
+        """Server-side apply: create the object, or merge the configuration into it."""
+        served, structure = target.served, target.served.structure
+        if not options.field_manager:
+            detail = "Required value: is required for apply patch"
+            raise _invalid_option("fieldManager", "FieldValueRequired", detail)
+        if target.subresource == "scale":
+            raise bad_request(
+                "server-side apply to scale is not served: patch spec.replicas of the Scale instead"
+            )
+        if not isinstance(config, dict) or not config.get("apiVersion") or not config.get("kind"):
+            raise bad_request("the applied configuration must have apiVersion and kind")
+        objects.check_type(served, config, target.namespace)
+        config["metadata"].setdefault("name", target.name)
+        _check_name(target, config)
+        self._decode(target, config, options)
+        old = self.store.get(target.key)
+        writer = _writer(target, options)
+        stated = config["metadata"].pop("resourceVersion", None)
+        if old is None:
+            if target.subresource or stated:
+                raise target.missing() if target.subresource else self._conflict(target)
+            created = managed_fields.record_apply(None, config, structure, writer, force=options.force)
+            return self._create(target, created, options, applied=True), True
+        self.presented(served, old)
         if stated and stated != old["metadata"]["resourceVersion"]:
             raise self._conflict(target)
-        updated = self._update(target, old, obj, options)
-        return _scale(updated) if target.subresource == "scale" else updated
+        if config["metadata"].get("uid") not in (None, old["metadata"]["uid"]):
+            given, actual = config["metadata"]["uid"], old["metadata"]["uid"]
+            detail = f"UID in precondition: {given}, UID in object meta: {actual}"
+            raise objects.precondition_failed(served, old, detail)
+        applied = managed_fields.record_apply(_copy(old), config, structure, writer, force=options.force)
+        return self._update(target, old, applied, options, applied=True), False
 
-    def delete(self, target: Target, body: Object, options: WriteOptions) -> Object:
-        """DELETE: at once, or by marking when finalizers, a grace period or a namespace ask for it."""
+    def delete(self, target: Target, options: deletion.DeleteOptions) -> tuple[Object, bool]:
+        """DELETE: at once (True), or by marking what finalizers, grace or a namespace's contents hold."""
         obj = self.store.get(target.key)
         if obj is None:
             raise target.missing()
         self.presented(target.served, obj)
+        deletion.check(target.served, obj, options)
+        before = orjson.dumps(obj)
+        held = deletion.mark(obj, options, objects.now())
         if options.dry_run:
-            return obj
-        metadata = obj["metadata"]
-        grace = self._grace(obj, body)
-        kind = target.served.resource.kind
-        if metadata.get("finalizers") or grace or (kind == "Namespace" and obj["spec"]["finalizers"]):
-            if "deletionTimestamp" not in metadata:
-                metadata["deletionTimestamp"] = objects.now()
-                metadata["deletionGracePeriodSeconds"] = grace
-                if kind == "Namespace":
-                    obj["status"] = {**obj.get("status", {}), "phase": "Terminating"}
-                return self.store.write(target.key, obj, int(metadata["resourceVersion"]))
-            return obj
-        self._remove(target, obj)
-        return obj
+            return obj, not held
+        if not held:
+            self._remove(target, obj)
+            return obj, True
+        if orjson.dumps(obj) == before:
+            return obj, False
+        return self.store.write(target.key, obj, int(obj["metadata"]["resourceVersion"])), False
 
     def finalize(self, target: Target, obj: Any, options: WriteOptions) -> Object:
         """PUT `namespaces/NAME/finalize`."""
@@ -223,18 +273,27 @@ class Rest:
         pod["status"]["conditions"] = conditions
         self.store.write(target.key, pod, int(pod["metadata"]["resourceVersion"]))
 
-    def _update(self, target: Target, old: Object, obj: Object, options: WriteOptions) -> Object:
-        served = target.served
-        expected = int(old["metadata"]["resourceVersion"])
-        updated = objects.update(served, copy.deepcopy(old), obj, target.subresource)
-        if not target.subresource:
-            self._check_fields(served, updated, options)
-        objects.validate(served, updated)
+    def _update(
+        self, target: Target, old: Object, obj: Object, options: WriteOptions, *, applied: bool
+    ) -> Object:
+        """Store `obj` in place of `old`; nothing is written when nothing changes."""
+        served, subresource = target.served, target.subresource
+        stated = obj["metadata"].get("resourceVersion")
+        if stated and stated != old["metadata"]["resourceVersion"]:
+            raise self._conflict(target)
+        entries = obj["metadata"].get("managedFields")
+        updated = objects.update(served, old, obj, subresource)
         objects.apply_defaults(served, updated)
-        if not target.subresource:
+        objects.set_generation(served, old, updated)
+        objects.validate(served, updated, old, subresource)
+        if applied:
+            updated["metadata"]["managedFields"] = entries
+        else:
+            managed_fields.record_update(old, updated, served.structure, _writer(target, options))
+        if not subresource:
             self._complete_service(target, updated, old)
         self.presented(served, updated)
-        if options.dry_run or updated == old:
+        if updated == old or options.dry_run:
             return updated
         if self._finished(updated):
             self._remove(target, updated)
@@ -242,7 +301,7 @@ class Rest:
         if served.resource.kind == "CustomResourceDefinition":
             self._establish(updated)
         try:
-            return self.store.write(target.key, updated, expected)
+            return self.store.write(target.key, updated, int(old["metadata"]["resourceVersion"]))
         except ConflictError:
             raise self._conflict(target) from None
 
@@ -269,34 +328,24 @@ class Rest:
             self.catalog.remove_crd(obj)
         self.store.delete(target.key, obj)
 
-    @staticmethod
-    def _grace(obj: Object, body: Object) -> int:
-        """Seconds of grace: only a Pod that a node has accepted has any."""
-        if obj["kind"] != "Pod" or not obj["spec"].get("nodeName"):
-            return 0
-        if obj["status"].get("phase") in ("Succeeded", "Failed"):
-            return 0
-        asked = body.get("gracePeriodSeconds")
-        return int(asked if asked is not None else obj["spec"]["terminationGracePeriodSeconds"])
-
-    def _check_namespace(self, target: Target) -> None:
+    def _check_namespace(self, target: Target, name: str) -> None:
         namespace = self.store.get(Key("/namespaces", "", target.namespace or ""))
         if namespace is None:
             raise not_found("", "namespaces", target.namespace or "")
         if "deletionTimestamp" in namespace["metadata"]:
-            raise StatusError(
-                403,
-                "Forbidden",
-                f"unable to create new content in namespace {target.namespace} because it is being terminated",
-            )
+            r = target.served.resource
+            because = f"namespace {target.namespace} because it is being terminated"
+            raise forbidden(r.group, r.plural, name, f"unable to create new content in {because}")
 
     @staticmethod
-    def _check_fields(served: ResourceType, obj: Object, options: WriteOptions) -> None:
-        if options.field_validation != "Strict" or not served.schema:
-            return
-        if unknown := objects.unknown_fields(obj, served.schema):
-            listed = ", ".join(f'unknown field "{path}"' for path in unknown)
-            raise bad_request(f"strict decoding error: {listed}")
+    def _decode(target: Target, obj: Object, options: WriteOptions) -> None:
+        """Drop undeclared fields; refuse or warn of them as the client asks. Raises StatusError 400."""
+        problems = [f'duplicate field "{path}"' for path in options.duplicates]
+        problems += [f'unknown field "{path}"' for path in objects.decode(target.served, obj)]
+        if problems and options.field_validation == "Strict":
+            raise bad_request(f"strict decoding error: {', '.join(problems)}")
+        if problems and options.field_validation != "Ignore":
+            options.warnings.extend(problems)
 
     def _establish(self, crd: Object) -> None:
         """Serve a CustomResourceDefinition and say so in its conditions."""
@@ -325,17 +374,29 @@ class Rest:
         return conflict(target.served.resource.group, target.served.resource.plural, target.name)
 
 
-def _scale(obj: Object) -> Object:
-    """An object as autoscaling/v1 Scale."""
-    selector = ((obj["spec"].get("selector") or {}).get("matchLabels")) or {}
-    metadata = {k: v for k, v in obj["metadata"].items() if k != "managedFields"}
-    return {
-        "apiVersion": "autoscaling/v1",
-        "kind": "Scale",
-        "metadata": metadata,
-        "spec": {"replicas": obj["spec"].get("replicas", 1)},
-        "status": {
-            "replicas": (obj.get("status") or {}).get("replicas", 0),
-            "selector": ",".join(f"{k}={v}" for k, v in selector.items()),
-        },
-    }
+def _copy(obj: Object) -> Object:
+    copied: Object = orjson.loads(orjson.dumps(obj))
+    return copied
+
+
+def _writer(target: Target, options: WriteOptions) -> managed_fields.Writer:
+    served = target.served
+    return managed_fields.Writer(
+        options.field_manager or "unknown",
+        served.resource.api_version,
+        objects.now(),
+        target.subresource,
+        served.has_status,
+    )
+
+
+def _check_name(target: Target, obj: Object) -> None:
+    name = obj["metadata"].get("name")
+    if name != target.name:
+        raise bad_request(
+            f"the name of the object ({name or ''}) does not match the name on the URL ({target.name})"
+        )
+
+
+def _invalid_option(option: str, reason: str, message: str) -> StatusError:
+    return invalid("meta.k8s.io", "PatchOptions", "", [Cause(option, reason, message)])

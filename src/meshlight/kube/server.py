@@ -26,8 +26,9 @@ import uvloop
 import yaml
 from aiohttp import web
 
-from meshlight.kube import discovery, openapi, protobuf_wire, tables, watch
+from meshlight.kube import decoding, deletion, discovery, openapi, protobuf_wire, tables, watch
 from meshlight.kube.authentication import User, from_certificate, unauthorized
+from meshlight.kube.authorization import Attributes, Authorizer, node_may_touch
 from meshlight.kube.bootstrap import bootstrap
 from meshlight.kube.catalog import Catalog
 from meshlight.kube.kubelet_proxy import KubeletProxy
@@ -40,6 +41,8 @@ from meshlight.kube.tokens import ISSUER, InvalidToken, TokenIssuer
 VERSION = "v1.32.0+meshlight"
 MAX_BODY = 3 * 1024 * 1024
 AGGREGATED = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList"
+DUPLICATES: web.RequestKey[tuple[str, ...]] = web.RequestKey("duplicates", tuple)
+_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 USER: web.RequestKey[User] = web.RequestKey("user", User)
 Authenticate = Callable[[web.Request], User]
 AUTHENTICATE: web.AppKey[Authenticate] = web.AppKey("authenticate")
@@ -84,6 +87,7 @@ class Server:
         self.catalog = rest.catalog
         self.tokens = TokenIssuer(pki, rest.core_object)
         self.kubelets = KubeletProxy(pki)
+        self.authorizer = Authorizer(rest.rbac_objects)
 
     def authenticate(self, request: web.Request) -> User:
         """The user of a bearer token or of a verified client certificate. Raises StatusError 401."""
@@ -96,6 +100,25 @@ class Server:
                 raise unauthorized() from error
         transport = request.transport
         return from_certificate(transport.get_extra_info("peercert") if transport else None)
+
+    def authorize(self, request: web.Request, target: Target) -> None:
+        """Refuse what no role allows the request's user. Raises StatusError 403."""
+        user, resource = request[USER], target.served.resource
+        asked = Attributes(
+            verb_of(request, target),
+            resource.group,
+            resource.plural,
+            target.subresource,
+            target.namespace or "",
+            target.name,
+        )
+        self.authorizer.check(user, asked)
+        pod = None
+        if resource.plural == "pods" and target.name:
+            pod = self.rest.core_object("pods", target.namespace or "", target.name)
+        if not node_may_touch(user, asked, pod):
+            message = f"node {user.name} may change only itself and the pods bound to it"
+            raise StatusError(403, "Forbidden", message)
 
     async def _cleanup(self, _: web.Application) -> None:
         await self.kubelets.close()
@@ -190,6 +213,7 @@ class Server:
             if found is None:
                 raise web.HTTPNotFound
             return answer(found)
+        self.authorize(request, target)
         match request.method:
             case "GET" if target.subresource == "log":
                 return await self._logs(request, target)
@@ -203,11 +227,12 @@ class Server:
             case "POST":
                 return await self._create(request, target)
             case "PUT" if target.name:
-                return answer(self.rest.replace(target, await body_of(request), options(request)))
+                body, write = await body_of(request), options(request)
+                return warned(answer(self.rest.replace(target, body, write)), write)
             case "PATCH" if target.name:
-                patch = await body_of(request)
-                kind = request.content_type
-                return answer(self.rest.patch(target, patch, kind, options(request)))
+                body, write = await body_of(request), options(request)
+                obj, created = self.rest.patch(target, body, request.content_type, write)
+                return warned(answer(obj, 201 if created else 200), write)
             case "DELETE":
                 return await self._delete(request, target)
         raise web.HTTPMethodNotAllowed(request.method, ["GET", "POST", "PUT", "PATCH", "DELETE"])
@@ -256,30 +281,36 @@ class Server:
             return answer({"kind": "Status", "apiVersion": "v1", "status": "Success"}, 201)
         if target.name:
             raise web.HTTPMethodNotAllowed("POST", ["GET", "PUT", "PATCH", "DELETE"])
-        if target.served.resource.kind == "SelfSubjectAccessReview":
-            # Every authenticated user of an embedded cluster is its administrator so far.
-            return answer({**body, "status": {"allowed": True}}, 201)
-        return answer(self.rest.create(target, body, options(request)), 201)
+        if (kind := target.served.resource.kind) in ("SelfSubjectAccessReview", "SubjectAccessReview"):
+            spec = body.get("spec") or {}
+            user = request[USER]
+            if kind == "SubjectAccessReview":
+                user = User(spec.get("user", ""), tuple(spec.get("groups") or ()))
+            allowed = self.authorizer.allowed(user, review_attributes(spec))
+            return answer({**body, "status": {"allowed": allowed}}, 201)
+        if kind == "SelfSubjectReview":
+            return answer({**body, "status": {"userInfo": request[USER].review()}}, 201)
+        write = options(request)
+        return warned(answer(self.rest.create(target, body, write), 201), write)
 
     async def _delete(self, request: web.Request, target: Target) -> web.Response:
         body = await body_of(request) if request.can_read_body else {}
-        if target.name:
-            obj = self.rest.delete(target, body, options(request))
-            details = {
-                "name": target.name,
-                "kind": target.served.resource.plural,
-                "uid": obj["metadata"]["uid"],
-            }
-            return answer({"kind": "Status", "apiVersion": "v1", "metadata": {},
-                           "status": "Success", "details": details})  # fmt: skip
         query = request.query
+        asked = deletion.parse(body, query)
+        success = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}
+        if target.name:
+            obj, gone = self.rest.delete(target, asked)
+            r, uid = target.served.resource, obj["metadata"]["uid"]
+            details = {"name": target.name, "kind": r.plural, "uid": uid}
+            if r.group:
+                details["group"] = r.group
+            return answer({**success, "details": details} if gone else obj)
         matches = matcher(query.get("labelSelector", ""), query.get("fieldSelector", ""))
         items, _ = self.rest.list(target, matches, 0, "")
         for item in items:
             metadata = item["metadata"]
-            one = Target(target.served, metadata.get("namespace"), metadata["name"])
-            self.rest.delete(one, body, options(request))
-        return answer({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"})
+            self.rest.delete(Target(target.served, metadata.get("namespace"), metadata["name"]), asked)
+        return answer(success)
 
     async def _watch(self, request: web.Request, target: Target) -> web.StreamResponse:
         query, served = request.query, target.served
@@ -325,26 +356,69 @@ class Server:
         return response
 
 
+_VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch"}
+
+
+def verb_of(request: web.Request, target: Target) -> str:
+    """The API verb of a request, as RBAC names it."""
+    match request.method:
+        case "GET":
+            if request.query.get("watch") in ("true", "1"):
+                return "watch"
+            return "get" if target.name else "list"
+        case "DELETE":
+            return "delete" if target.name else "deletecollection"
+    return _VERBS.get(request.method, request.method.lower())
+
+
+def review_attributes(spec: Object) -> Attributes:
+    """What an access review asks about."""
+    if asked := spec.get("nonResourceAttributes"):
+        return Attributes(asked.get("verb", ""), path=asked.get("path", ""))
+    asked = spec.get("resourceAttributes") or {}
+    fields = ("verb", "group", "resource", "subresource", "namespace", "name")
+    return Attributes(*(asked.get(field, "") for field in fields))
+
+
 async def body_of(request: web.Request) -> Any:
     """The request's body as JSON, from JSON, YAML or Kubernetes protobuf. Raises StatusError 400."""
     raw = await request.read()
     try:
         if raw.startswith(protobuf_wire.MAGIC):
             return protobuf_wire.decode(raw)
-        if request.content_type.endswith("yaml"):
-            return yaml.safe_load(raw)
+        if request.content_type.endswith("yaml") and not raw.lstrip().startswith(b"{"):
+            return yaml.load(raw, _YAML)
+        if raw and request.query.get("fieldValidation") in ("Strict", "Warn"):
+            request[DUPLICATES] = tuple(decoding.duplicates(raw))
         return orjson.loads(raw) if raw else {}
     except (ValueError, yaml.YAMLError) as error:
         raise bad_request(f"the body cannot be decoded: {error}") from error
 
 
 def options(request: web.Request) -> WriteOptions:
-    """The options of a write."""
+    """The options of a write, once its body has been read. Raises StatusError 400 or 422."""
+    query = request.query
+    manager = query.get("fieldManager") or request.headers.get("User-Agent", "").partition("/")[0]
+    validation = query.get("fieldValidation") or "Warn"
+    if validation not in ("Ignore", "Warn", "Strict"):
+        raise bad_request(f"fieldValidation must be Ignore, Strict or Warn, not {validation!r}")
+    if query.get("dryRun", "All") != "All":
+        raise bad_request(f"dryRun must be All, not {query['dryRun']!r}")
     return WriteOptions(
-        dry_run=request.query.get("dryRun") == "All",
-        field_validation=request.query.get("fieldValidation", "Warn"),
-        field_manager=request.query.get("fieldManager", ""),
+        dry_run="dryRun" in query,
+        field_validation=validation,
+        field_manager=manager[:128],
+        force=query.get("force") in ("true", "1"),
+        duplicates=request.get(DUPLICATES, ()),
     )
+
+
+def warned(response: web.Response, write: WriteOptions) -> web.Response:
+    """The response with a Warning header for everything that the write warned of."""
+    for text in write.warnings:
+        escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+        response.headers.add("Warning", f'299 - "{escaped}"')
+    return response
 
 
 def tls(pki: Path) -> ssl.SSLContext:

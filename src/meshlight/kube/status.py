@@ -81,6 +81,12 @@ def invalid(group: str, kind: str, name: str, causes: list[Cause]) -> StatusErro
     return StatusError(422, "Invalid", message, details)
 
 
+def forbidden(group: str, plural: str, name: str, why: str) -> StatusError:
+    """403."""
+    message = f'{_qualified(plural, group)} "{name}" is forbidden: {why}'
+    return StatusError(403, "Forbidden", message, _details(group, plural, name))
+
+
 def bad_request(message: str) -> StatusError:
     """400."""
     return StatusError(400, "BadRequest", message)

@@ -1,0 +1,81 @@
+"""What objects must be for the API to store them, in Kubernetes' own words (422 Invalid).
+
+Pure. Objects have been decoded and defaulted: fields have their types, and those with defaults exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from meshlight.kube import field_errors, structural
+from meshlight.kube.resources import Object
+from meshlight.kube.schema import Schema
+from meshlight.kube.status import Cause
+from meshlight.kube.validation import configuration, names, pods, services, workloads
+
+Rule = Callable[[Object], list[Cause]]
+UpdateRule = Callable[[Object, Object], list[Cause]]
+
+_RULES: dict[str, Rule] = {
+    "Pod": pods.pod,
+    "Deployment": workloads.workload,
+    "ReplicaSet": workloads.workload,
+    "DaemonSet": workloads.workload,
+    "StatefulSet": workloads.workload,
+    "Job": workloads.job,
+    "CronJob": workloads.cron_job,
+    "PodDisruptionBudget": workloads.disruption_budget,
+    "HorizontalPodAutoscaler": workloads.autoscaler,
+    "Service": services.service,
+    "Endpoints": services.endpoints,
+    "EndpointSlice": services.endpoint_slice,
+    "ConfigMap": configuration.config_map,
+    "Secret": configuration.secret,
+    "Event": configuration.event,
+    "Lease": configuration.lease,
+    "Role": configuration.role,
+    "ClusterRole": configuration.role,
+    "RoleBinding": configuration.binding,
+    "ClusterRoleBinding": configuration.binding,
+    "Ingress": configuration.ingress,
+    "CustomResourceDefinition": configuration.resource_definition,
+}
+_UPDATE_RULES: dict[str, UpdateRule] = {
+    "Pod": pods.pod_update,
+    "Deployment": workloads.workload_update,
+    "ReplicaSet": workloads.workload_update,
+    "DaemonSet": workloads.workload_update,
+    "StatefulSet": workloads.workload_update,
+    "Job": workloads.job_update,
+    "EndpointSlice": services.endpoint_slice_update,
+    "ConfigMap": configuration.config_map_update,
+    "Secret": configuration.secret_update,
+    "RoleBinding": configuration.binding_update,
+    "ClusterRoleBinding": configuration.binding_update,
+    "CustomResourceDefinition": configuration.resource_definition_update,
+}
+
+
+def builtin(obj: Object, schema: Schema) -> list[Cause]:
+    """Faults of an object of a built-in kind; its status is its writers' business."""
+    causes = names.metadata(obj)
+    for name, below in schema.properties.items():
+        if name in schema.required and name not in obj:
+            causes.append(field_errors.required(name))
+        elif name not in ("metadata", "status") and name in obj:
+            causes += structural.omissions({name: obj[name]}, Schema(properties={name: below}))
+    if rule := _RULES.get(obj["kind"]):
+        reported = {c.field for c in causes}
+        causes += [c for c in rule(obj) if c.field not in reported]
+    return causes
+
+
+def builtin_update(old: Object, new: Object) -> list[Cause]:
+    """Faults of a change of an object of a built-in kind."""
+    rule = _UPDATE_RULES.get(new["kind"])
+    return rule(old, new) if rule else []
+
+
+def custom(obj: Object, schema: Schema) -> list[Cause]:
+    """Faults of a custom resource."""
+    return names.metadata(obj) + structural.validate(obj, schema)
