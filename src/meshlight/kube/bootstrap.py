@@ -1,9 +1,10 @@
-"""What a new cluster's API holds from its first start: the system namespaces and its own Service."""
+"""What a new cluster's API holds from its first start: namespaces, default roles, its own Service."""
 
 from __future__ import annotations
 
 import copy
 
+from meshlight.kube.authorization import DEFAULT_ROLES, GROUP
 from meshlight.kube.resources import Object
 from meshlight.kube.rest import Rest, Target, WriteOptions
 from meshlight.kube.status import StatusError
@@ -21,6 +22,8 @@ def bootstrap(rest: Rest, address: str, port: int) -> None:
     """
     for name in NAMESPACES:
         _ensure(rest, "", "v1", "namespaces", {"metadata": {"name": name}})
+    for role, rules in DEFAULT_ROLES.items():
+        _ensure(rest, GROUP, "v1", "clusterroles", {"metadata": {"name": role}, "rules": rules})
     labels = {"component": "apiserver", "provider": "kubernetes"}
     metadata: Object = {"name": "kubernetes", "namespace": "default", "labels": labels}
     ports = [{"name": "https", "port": 443, "protocol": "TCP", "targetPort": port}]

@@ -63,6 +63,26 @@ _SERVICE_PORT: _Message = {
     4: ("targetPort", "int-or-string"),
     5: ("nodePort", "int"),
 }
+_POLICY_RULE: _Message = {
+    1: ("verbs", ("repeated", "string")),
+    2: ("apiGroups", ("repeated", "string")),
+    3: ("resources", ("repeated", "string")),
+    4: ("resourceNames", ("repeated", "string")),
+    5: ("nonResourceURLs", ("repeated", "string")),
+}
+_SUBJECT: _Message = {
+    1: ("kind", "string"),
+    2: ("apiGroup", "string"),
+    3: ("name", "string"),
+    4: ("namespace", "string"),
+}
+_ROLE_REF: _Message = {1: ("apiGroup", "string"), 2: ("kind", "string"), 3: ("name", "string")}
+_ROLE: _Message = {1: ("metadata", _META), 2: ("rules", ("repeated", _POLICY_RULE))}
+_BINDING: _Message = {
+    1: ("metadata", _META),
+    2: ("subjects", ("repeated", _SUBJECT)),
+    3: ("roleRef", _ROLE_REF),
+}
 _KINDS: dict[str, _Message] = {
     "Pod": {1: ("metadata", _META), 2: ("spec", _POD_SPEC)},
     "Deployment": {
@@ -127,6 +147,11 @@ _KINDS: dict[str, _Message] = {
         1: ("metadata", _META),
         2: ("spec", {1: ("resourceAttributes", _ATTRIBUTES)}),
     },
+    "SelfSubjectReview": {1: ("metadata", _META)},
+    "Role": _ROLE,
+    "ClusterRole": _ROLE,
+    "RoleBinding": _BINDING,
+    "ClusterRoleBinding": _BINDING,
     "DeleteOptions": {
         1: ("gracePeriodSeconds", "int"),
         4: ("propagationPolicy", "string"),

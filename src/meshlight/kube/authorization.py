@@ -1,0 +1,197 @@
+"""Who may do what: RBAC as Kubernetes defines it, and what nodes may do without a role.
+
+Pure over the stored Roles and bindings, which are read through a function; nothing is cached, because
+a list of a few dozen roles costs less than a mistake in forgetting one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from meshlight.kube.authentication import User
+from meshlight.kube.resources import Object
+from meshlight.kube.status import StatusError
+
+GROUP = "rbac.authorization.k8s.io"
+SUPERUSERS = "system:masters"
+NODES = "system:nodes"
+_ANY = "*"
+
+Lister = Callable[[str, str | None], Iterable[Object]]
+"""(plural of the RBAC group, namespace or None for all) to the stored objects."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """What a request wants to do: to a resource, or to a non-resource `path`."""
+
+    verb: str
+    group: str = ""
+    resource: str = ""
+    subresource: str = ""
+    namespace: str = ""
+    name: str = ""
+    path: str = ""
+
+
+def _allows(rule: Object, asked: Attributes) -> bool:
+    def has(field: str, value: str) -> bool:
+        return value in (values := rule.get(field) or ()) or _ANY in values
+
+    if not has("verbs", asked.verb):
+        return False
+    if asked.path:
+        paths = rule.get("nonResourceURLs") or ()
+        return any(p == asked.path or (p.endswith(_ANY) and asked.path.startswith(p[:-1])) for p in paths)
+    resources = rule.get("resources") or ()
+    full = f"{asked.resource}/{asked.subresource}" if asked.subresource else asked.resource
+    wanted = {_ANY, full} | ({f"*/{asked.subresource}"} if asked.subresource else set())
+    names = rule.get("resourceNames") or ()
+    return (
+        has("apiGroups", asked.group) and bool(wanted & set(resources)) and (not names or asked.name in names)
+    )
+
+
+def _is_subject(subject: Object, user: User, namespace: str) -> bool:
+    match subject.get("kind"):
+        case "User":
+            return bool(subject["name"] == user.name)
+        case "Group":
+            return subject["name"] in user.groups
+        case "ServiceAccount":
+            owner = subject.get("namespace") or namespace
+            return user.name == f"system:serviceaccount:{owner}:{subject['name']}"
+    return False
+
+
+NODE_RULES: tuple[Object, ...] = (
+    {"apiGroups": [""], "resources": ["services", "endpoints", "namespaces", "nodes", "pods", "configmaps"],
+     "verbs": ["get", "list", "watch"]},
+    {"apiGroups": [""], "resources": ["secrets", "serviceaccounts"], "verbs": ["get", "list", "watch"]},
+    {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["get", "list", "watch"]},
+    {"apiGroups": [""], "resources": ["nodes", "nodes/status"], "verbs": ["create", "update", "patch"]},
+    {"apiGroups": [""], "resources": ["pods", "pods/status"], "verbs": ["update", "patch", "delete"]},
+    {"apiGroups": [""], "resources": ["serviceaccounts/token"], "verbs": ["create"]},
+    {"apiGroups": ["", "events.k8s.io"], "resources": ["events"], "verbs": ["create", "update", "patch"]},
+    {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"],
+     "verbs": ["get", "create", "update", "patch"]},
+)  # fmt: skip
+"""What every node may do (the role `system:node`); `node_may_touch` narrows its writes to its own."""
+
+
+def node_may_touch(user: User, asked: Attributes, pod: Object | None) -> bool:
+    """Whether a node's write is about itself: its Node, its Lease, or a pod bound to it.
+
+    As Kubernetes' NodeRestriction admission; `pod` is the pod that the request names.
+    """
+    if NODES not in user.groups or asked.verb in ("get", "list", "watch"):
+        return True
+    own = user.name.removeprefix("system:node:")
+    if asked.resource in ("nodes", "leases") and asked.verb != "create":
+        return asked.name == own
+    if asked.resource == "pods" and pod is not None:
+        return bool(pod["spec"].get("nodeName") == own)
+    return True
+
+
+class Authorizer:
+    """Decides requests from the stored roles and bindings."""
+
+    def __init__(self, lister: Lister) -> None:
+        self._list = lister
+
+    def rules(self, user: User, namespace: str) -> Iterator[Object]:
+        """Every rule that applies to the user in a namespace (cluster-wide rules if it is empty)."""
+        if SUPERUSERS in user.groups:
+            yield {"verbs": [_ANY], "apiGroups": [_ANY], "resources": [_ANY], "nonResourceURLs": [_ANY]}
+            return
+        if NODES in user.groups:
+            yield from NODE_RULES
+        if "system:authenticated" in user.groups:
+            yield from EVERYONE
+        for binding in self._list("clusterrolebindings", None):
+            if any(_is_subject(s, user, "") for s in binding.get("subjects") or []):
+                yield from self._role(binding["roleRef"], "")
+        if namespace:
+            for binding in self._list("rolebindings", namespace):
+                if any(_is_subject(s, user, namespace) for s in binding.get("subjects") or []):
+                    yield from self._role(binding["roleRef"], namespace)
+
+    def _role(self, reference: Object, namespace: str) -> list[Object]:
+        if reference["kind"] == "ClusterRole":
+            candidates = self._list("clusterroles", None)
+        else:
+            candidates = self._list("roles", namespace)
+        for role in candidates:
+            if role["metadata"]["name"] == reference["name"]:
+                return role.get("rules") or []
+        return []
+
+    def allowed(self, user: User, asked: Attributes) -> bool:
+        """Whether one of the user's rules allows the request."""
+        return any(_allows(rule, asked) for rule in self.rules(user, asked.namespace))
+
+    def check(self, user: User, asked: Attributes) -> None:
+        """Refuse with 403, in Kubernetes' words, what no rule allows."""
+        if self.allowed(user, asked):
+            return
+        if asked.path:
+            raise StatusError(403, "Forbidden", f'User "{user.name}" cannot {asked.verb} path "{asked.path}"')
+        full = f"{asked.resource}/{asked.subresource}" if asked.subresource else asked.resource
+        qualified = f"{asked.resource}.{asked.group}" if asked.group else asked.resource
+        named = f' "{asked.name}"' if asked.name else ""
+        where = f'in the namespace "{asked.namespace}"' if asked.namespace else "at the cluster scope"
+        message = (
+            f'{qualified}{named} is forbidden: User "{user.name}" cannot {asked.verb} resource "{full}" '
+            f'in API group "{asked.group}" {where}'
+        )
+        raise StatusError(
+            403, "Forbidden", message, {"name": asked.name, "group": asked.group, "kind": asked.resource}
+        )
+
+
+_DISCOVERY = [
+    "/api", "/api/*", "/apis", "/apis/*", "/openapi", "/openapi/*", "/version", "/version/", "/healthz",
+    "/livez", "/readyz", "/.well-known/*", "/openid/*",
+]  # fmt: skip
+EVERYONE: tuple[Object, ...] = (
+    {"verbs": ["get"], "nonResourceURLs": _DISCOVERY},
+    {"verbs": ["create"], "apiGroups": ["authorization.k8s.io"],
+     "resources": ["selfsubjectaccessreviews", "selfsubjectrulesreviews"]},
+    {"verbs": ["create"], "apiGroups": ["authentication.k8s.io"], "resources": ["selfsubjectreviews"]},
+)  # fmt: skip
+"""What every authenticated user may do: discovery, and questions about itself."""
+
+_READ = ["get", "list", "watch"]
+_WRITE = ["create", "delete", "deletecollection", "patch", "update"]
+_WORKLOAD_KINDS = [
+    "configmaps", "endpoints", "persistentvolumeclaims", "pods", "replicationcontrollers", "serviceaccounts",
+    "services", "events", "pods/log", "pods/status",
+]  # fmt: skip
+_APP_GROUPS = [
+    "apps", "batch", "autoscaling", "policy", "networking.k8s.io", "discovery.k8s.io",
+    "security.istio.io", "networking.istio.io", "telemetry.istio.io", "gateway.networking.k8s.io",
+]  # fmt: skip
+_EDIT: list[Object] = [
+    {"apiGroups": [""], "resources": _WORKLOAD_KINDS, "verbs": _READ + _WRITE},
+    {"apiGroups": [""], "resources": ["secrets"], "verbs": _READ + _WRITE},
+    {"apiGroups": [""], "resources": ["pods/exec", "pods/attach", "pods/portforward", "pods/eviction"],
+     "verbs": ["get", "create"]},
+    {"apiGroups": [""], "resources": ["serviceaccounts/token"], "verbs": ["create"]},
+    {"apiGroups": _APP_GROUPS, "resources": [_ANY], "verbs": _READ + _WRITE},
+    {"apiGroups": [""], "resources": ["namespaces"], "verbs": _READ},
+]  # fmt: skip
+DEFAULT_ROLES: dict[str, list[Object]] = {
+    "cluster-admin": [
+        {"apiGroups": [_ANY], "resources": [_ANY], "verbs": [_ANY]},
+        {"nonResourceURLs": [_ANY], "verbs": [_ANY]},
+    ],
+    "admin": [*_EDIT, {"apiGroups": [GROUP], "resources": ["roles", "rolebindings"], "verbs": _READ + _WRITE}],
+    "edit": _EDIT,
+    "view": [
+        {"apiGroups": [""], "resources": [*_WORKLOAD_KINDS, "namespaces"], "verbs": _READ},
+        {"apiGroups": _APP_GROUPS, "resources": [_ANY], "verbs": _READ},
+    ],
+}
+"""ClusterRoles that every cluster has, as Kubernetes' user-facing roles."""
