@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import signal
@@ -13,6 +12,7 @@ import uvloop
 
 from meshlight.controlplane import logs
 from meshlight.controlplane.authority import AuthorityError
+from meshlight.controlplane.command_line import from_arguments, parser
 from meshlight.controlplane.istiod import Istiod
 from meshlight.controlplane.settings import Settings, SettingsError
 from meshlight.kube.client import ApiError, Client
@@ -50,16 +50,16 @@ def _failed(error: BaseException | None) -> int:
 
 
 def run() -> int:
-    """Read the command line and the environment, then serve."""
-    parser = argparse.ArgumentParser(prog="python -m meshlight.controlplane", description=__doc__)
-    parser.add_argument("--kubeconfig", help="reach the API through this file, not the pod's account")
-    arguments = parser.parse_args()
+    """Read the environment and the command line, then serve."""
+    arguments, unknown = parser().parse_known_args()
     try:
-        settings = Settings.from_environment(os.environ)
+        settings = from_arguments(Settings.from_environment(os.environ), arguments)
     except SettingsError as error:
         log.error("bad configuration", error=str(error))
         return 2
     logs.set_level(cast(logs.Level, settings.log_level))
+    if unknown:
+        log.warn("arguments of Istio's pilot-discovery that mean nothing here", arguments=unknown)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(main(settings, arguments.kubeconfig))
 

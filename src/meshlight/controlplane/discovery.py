@@ -53,6 +53,7 @@ class Discovery:
         self._first_change = 0.0
         self._last_change = 0.0
         self._ids = itertools.count(1)
+        self._count_connections()
 
     def observe(self, kind: str, key: ObjectKey, obj: Object | None) -> None:
         """Take an object's present state. One that cannot be read keeps its last readable state."""

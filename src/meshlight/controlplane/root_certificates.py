@@ -50,6 +50,8 @@ class RootCertificates:
     async def run(self) -> None:
         """Work until cancelled; begins once both caches are complete."""
         await asyncio.gather(self._namespaces.synced.wait(), self._config_maps.synced.wait())
+        for _, name in self._namespaces.objects:
+            self._add(name)
         while True:
             namespace = await self._due.get()
             self._queued.discard(namespace)

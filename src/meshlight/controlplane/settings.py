@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
+LOG_LEVELS = ("debug", "info", "warn", "error")
+
 
 class SettingsError(ValueError):
     """An environment variable has a value that cannot be used; the message names it."""
@@ -74,8 +76,8 @@ class Settings:
             network=environment.get("NETWORK", ""),
         )
         level = environment.get("LOG_LEVEL", "info")
-        if level not in ("debug", "info", "warn", "error"):
-            raise SettingsError(f"LOG_LEVEL: {level!r} is not one of debug, info, warn, error")
+        if level not in LOG_LEVELS:
+            raise SettingsError(f"LOG_LEVEL: {level!r} is not one of {', '.join(LOG_LEVELS)}")
         return cls(
             mesh=mesh,
             bind_address=environment.get("BIND_ADDRESS", "0.0.0.0"),
