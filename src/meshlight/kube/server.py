@@ -179,12 +179,19 @@ class Server:
 
     async def openapi_document(self, request: web.Request) -> web.Response:
         """`/openapi/v3/apis/GROUP/VERSION`."""
-        parts = request.match_info["path"].split("/")
-        group, version = (parts[1], parts[2]) if parts[0] == "apis" else ("", parts[1])
-        found = openapi.document(self.catalog, group, version)
+        match request.match_info["path"].split("/"):
+            case ["api", version]:
+                found = openapi.document(self.catalog, "", version)
+            case ["apis", group, version]:
+                found = openapi.document(self.catalog, group, version)
+            case _:
+                found = None
         if found is None:
             raise web.HTTPNotFound
-        return answer(found)
+        response = answer(found)
+        if "hash" in request.query:  # the index gives a new hash when the document changes
+            response.headers["Cache-Control"] = "public, max-age=31536000, immutable"
+        return response
 
     def _target(self, request: web.Request) -> Target | None:
         """Parse a REST path; None for the group-version itself."""
