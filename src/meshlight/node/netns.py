@@ -67,6 +67,11 @@ def exists(name: str) -> bool:
         return False
 
 
+def identity(name: str) -> int:
+    """A number that tells a namespace from others alive (its inode); 0 when there is none of that name."""
+    return (NETNS / name).stat().st_ino if exists(name) else 0
+
+
 def create(name: str) -> Path:
     """Make an empty namespace and mount it by name, unless there is one; returns its path."""
     path = NETNS / name

@@ -93,6 +93,7 @@ def flushed() -> str:
 def _return_routes() -> list[str]:
     """Answers to a spoofed source address come back to the proxy instead of leaving the pod."""
     return [
+        "link set lo up",  # without it there is no local table to route to
         f"route replace local 0.0.0.0/0 dev lo table {_ROUTES}",
         f"rule add fwmark {ORIGINAL_SOURCE_MARK}/0xfff lookup {_ROUTES} priority 32764",
     ]
