@@ -85,7 +85,7 @@ def start(layout: Layout, nodes: int | None, api_port: int | None) -> tuple[Reco
             record = Record(layout.name, nodes or (before.nodes if before else 6), port)
             pki.ensure(layout.state, layout.name, layout.node_names(record.nodes), port)
             layout.logs.mkdir(exist_ok=True, mode=0o700)
-            record.supervisor_pid = _spawn(layout, listener.fileno())
+            record.supervisor_pid = _spawn(layout, listener.fileno(), record.nodes)
             record.supervisor_started = start_time(record.supervisor_pid)
             record.write(layout)
     return record, True
@@ -104,7 +104,7 @@ def _listen(port: int | None) -> socket.socket:
     )
 
 
-def _spawn(layout: Layout, listener: int) -> int:
+def _spawn(layout: Layout, listener: int, nodes: int) -> int:
     """Start pid 1 of the cluster; returns its pid as the host sees it."""
     command = ["unshare", "--pid", "--fork", "--kill-child=KILL", "--mount", "--net", "--uts"]
     command += ["--ipc", "--propagation", "private"]
@@ -112,7 +112,7 @@ def _spawn(layout: Layout, listener: int) -> int:
         command += ["--user", "--map-root-user"]
     command += [sys.executable, "-m", "meshlight.embedded.supervisor"]
     command += ["--name", layout.name, "--state", str(layout.state)]
-    command += ["--listen-fd", str(listener)]
+    command += ["--listen-fd", str(listener), "--nodes", str(nodes)]
     log_path = layout.logs / "supervisor.log"
     environment = {**os.environ, "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin"}
     with log_path.open("ab") as log:

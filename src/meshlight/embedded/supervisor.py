@@ -73,7 +73,7 @@ def prepare_namespaces(name: str) -> None:
 class Supervisor:
     """Keeps the parts running until SIGTERM."""
 
-    def __init__(self, layout: Layout, listen_fd: int) -> None:
+    def __init__(self, layout: Layout, listen_fd: int, nodes: list[str]) -> None:
         self.layout = layout
         self.stopping = asyncio.Event()
         self.ended = asyncio.Event()
@@ -89,8 +89,19 @@ class Supervisor:
         )
         controllers = Part("controllers", module("meshlight.controllers", "--kubeconfig", credentials))
         installer = Part("install", module("meshlight.embedded.install", "--kubeconfig", credentials))
+        agents = [
+            Part(
+                f"node-{name}",
+                module(
+                    "meshlight.node",
+                    *("--name", name, "--index", str(index)),
+                    *("--kubeconfig", str(state / "pki" / f"node-{name}.kubeconfig"), "--state", str(state)),
+                ),
+            )
+            for index, name in enumerate(nodes, start=1)
+        ]
         self.once = {installer.name}
-        self.parts = [controllers, installer]
+        self.parts = [controllers, installer, *agents]
         self.by_pid: dict[int, Part] = {}
 
     async def run(self) -> None:
@@ -166,10 +177,12 @@ def main() -> None:
     parser.add_argument("--name", required=True)
     parser.add_argument("--state", required=True, type=Path)
     parser.add_argument("--listen-fd", required=True, type=int)
+    parser.add_argument("--nodes", required=True, type=int)
     arguments = parser.parse_args()
     os.environ["MESHLIGHT_HOME"] = str(arguments.state.parent.parent)
     prepare_namespaces(arguments.name)
-    supervisor = Supervisor(Layout(arguments.name), arguments.listen_fd)
+    layout = Layout(arguments.name)
+    supervisor = Supervisor(layout, arguments.listen_fd, layout.node_names(arguments.nodes))
     asyncio.run(supervisor.run())
 
 

@@ -32,6 +32,11 @@ class SandboxError(Exception):
         self.reason = reason
 
 
+def _prepare(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    (folder / "sandbox.sock").unlink(missing_ok=True)
+
+
 @dataclass(frozen=True, slots=True)
 class Mount:
     """One step of a container's mount plan.
@@ -96,6 +101,7 @@ class Sandbox:
         self._number = 0
         self._answers: dict[int, asyncio.Future[tuple[dict[str, Any], list[int]]]] = {}
         self._execs: dict[str, asyncio.Future[int]] = {}
+        self._waiting: list[tuple[str, asyncio.Future[None]]] = []
         sock.setblocking(False)
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BUFFER)
@@ -107,8 +113,7 @@ class Sandbox:
         cls, folder: Path, hostname: str, netns: str | None, on_change: Callable[[], None]
     ) -> Sandbox:
         """Start a pod's pid 1 in the named network namespace, or in our own. Raises SandboxError."""
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        (folder / "sandbox.sock").unlink(missing_ok=True)
+        _prepare(folder)
         command = ["nsenter", f"--net=/run/netns/{netns}"] if netns else []
         # A pod of the node's own network has the machine's host name too.
         command += ["unshare", "--ipc", "--pid", *(["--uts"] if netns else []), "--"]
@@ -169,7 +174,8 @@ class Sandbox:
                 message.pop("event")
                 ended = Attempt(**message)
                 kept = [a for a in self.attempts.get(ended.name, []) if a.attempt != ended.attempt]
-                self.attempts[ended.name] = [*kept, ended]
+                self.attempts[ended.name] = [*kept, ended][-2:]
+                self._release(ended.name)
                 self._on_change()
             case "exec-exited":
                 finished = self._execs.pop(message["exec"], None)
@@ -183,12 +189,27 @@ class Sandbox:
         self.alive = False
         self.close()
         (EXITS / str(self.pid)).unlink(missing_ok=True)
-        for future in [*self._answers.values(), *self._execs.values()]:
+        waiting: list[asyncio.Future[Any]] = [*self._answers.values(), *self._execs.values()]
+        for future in waiting:
             if not future.done():
                 future.set_exception(SandboxError("SandboxChanged", "the pod's pid 1 ended"))
                 future.exception()  # whoever waits still sees it; nobody waiting is no fault
         self._told.set()
+        self._release(None)
         self._on_change()
+
+    def _release(self, name: str | None) -> None:
+        for waited, future in self._waiting:
+            if name in (None, waited) and not future.done():
+                future.set_result(None)
+        self._waiting = [(n, f) for n, f in self._waiting if not f.done()]
+
+    async def ended(self, name: str) -> None:
+        """Return once the container does not run."""
+        if self.running(name):
+            future: asyncio.Future[None] = self._loop.create_future()
+            self._waiting.append((name, future))
+            await future
 
     def close(self) -> None:
         """Disconnect; the pod goes on."""

@@ -14,7 +14,7 @@ Events: `{event: "containers", containers: […]}` at connection, `{event: "exit
 
 from __future__ import annotations
 
-import _signal
+import _signal  # type: ignore[import-not-found]
 import _socket
 import ctypes
 import fcntl
@@ -486,7 +486,11 @@ class Sandbox:
         return attempts[-1]
 
     def _fork(
-        self, spec: Record, descriptors: list[int], enter: Callable[[], None], done: Callable[[int, Record], None]
+        self,
+        spec: Record,
+        descriptors: list[int],
+        enter: Callable[[], None],
+        done: Callable[[int, Record], None],
     ) -> None:
         """Start a child; `done(pid, result)` is called once its program runs or could not."""
         read, write = os.pipe()
@@ -505,7 +509,10 @@ class Sandbox:
             self.forget(read)
             result = heard(said)
             if not result:
-                result = {"error": "the container's first process ended early", "reason": "CreateContainerError"}
+                result = {
+                    "error": "the container's first process ended early",
+                    "reason": "CreateContainerError",
+                }
             status = self.starting.pop(pid)
             done(pid, result)
             if status is not None:  # it ended before its report was read
