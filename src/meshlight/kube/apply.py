@@ -51,7 +51,8 @@ def apply(
     before = owners.get(manager, EMPTY)
     owners = {**owners, manager: given}
     if before - given:
-        merged = _prune(merged, schema, owners, before)
+        # Merged anew for the lists and maps that the configuration gives empty: nobody owns those.
+        merged = merge(_prune(merged, schema, owners, before), config, schema)
     return merged, transfer(live, merged, schema, owners, manager, force=force)
 
 
@@ -107,21 +108,26 @@ def merge(live: Any, config: Any, schema: Schema) -> Any:
 
 
 def _merge_list(live: list[Any], config: list[Any], schema: Schema) -> list[Any]:
-    """Applied elements in their order; elements of others stay before the ones they preceded."""
+    """Applied elements in their order; an element of others stays before the applied ones it preceded."""
     before = field_sets.elements_of(live, schema)
     after = field_sets.elements_of(config, schema)
     result: list[Any] = []
-    others = [(element in after, element) for element in before]
-    at = 0
+    order, at = list(before), 0
+
+    def keep_others(until: int) -> int:
+        result.extend(before[element] for element in order[at:until] if element not in after)
+        return max(at, until)
+
     for element, child in after.items():
+        following = next((i for i in range(at, len(order)) if order[i] in after), len(order))
+        at = keep_others(following)
         if element in before:
-            index = others.index((True, element))
-            result += [before[e] for shared, e in others[at:index] if not shared]
-            at = max(at, index + 1)
+            at = keep_others(order.index(element) + 1)
             result.append(merge(before[element], child, schema.items or ANY))
         else:
             result.append(copy.deepcopy(child))
-    return result + [before[e] for shared, e in others[at:] if not shared]
+    keep_others(len(order))
+    return result
 
 
 def remove(value: Any, schema: Schema, paths: FieldSet) -> Any:

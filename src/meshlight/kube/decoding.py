@@ -28,7 +28,21 @@ Path = tuple[Any, Any] | None
 
 
 class _WrongType(Exception):
-    """A value does not fit its field; the message is the decoder's."""
+    """A value does not fit its field.
+
+    The message is the decoder's; with `at` and `schema`, the field's place and type complete it.
+    """
+
+    def __init__(self, message: str, at: Path = None, schema: Schema | None = None) -> None:
+        super().__init__(message)
+        self.at = at
+        self.schema = schema
+
+    def sentence(self, root: Schema) -> str:
+        """The message as Go's decoder of the object at `root` has it."""
+        if self.schema is None:
+            return str(self)
+        return f"{self} into Go struct field {_go_field(self.at, root)} of type {_go(self.schema)}"
 
 
 def shown(path: Path) -> str:
@@ -51,7 +65,8 @@ def decode(obj: Object, schema: Schema, *, kind: str, version: str) -> list[str]
     try:
         _object(obj, schema, None, unknown)
     except _WrongType as error:
-        message = f'{kind} in version "{version}" cannot be handled as a {kind}: {error}'
+        sentence = error.sentence(schema)
+        message = f'{kind} in version "{version}" cannot be handled as a {kind}: {sentence}'
         raise StatusError(400, "BadRequest", message) from None
     return unknown
 
@@ -74,7 +89,7 @@ def _object(value: Object, schema: Schema, at: Path, unknown: list[str]) -> None
             elif kind is list and below.type == "array":
                 _array(child, below, (at, name), unknown)
             else:
-                value[name] = _scalar(child, below, (at, name), schema)
+                value[name] = _scalar(child, below, (at, name))
             continue
         gone = gone or []
         gone.append(name)
@@ -93,14 +108,14 @@ def _array(value: list[Any], schema: Schema, at: Path, unknown: list[str]) -> No
         elif element is None:
             value[index] = {} if items.type == "object" else _zero(items)
         else:
-            value[index] = _scalar(element, items, (at, index), schema)
+            value[index] = _scalar(element, items, (at, index))
 
 
 def _zero(schema: Schema) -> Any:
     return {"string": "", "boolean": False, "integer": 0, "number": 0}.get(schema.type)
 
 
-def _scalar(value: Any, schema: Schema, at: Path, owner: Schema) -> Any:
+def _scalar(value: Any, schema: Schema, at: Path) -> Any:
     """The value as stored. Raises _WrongType."""
     kind = type(value)
     match schema.type:
@@ -126,9 +141,7 @@ def _scalar(value: Any, schema: Schema, at: Path, owner: Schema) -> Any:
         found = f"number {value}"
     if schema.format in _OWN_PARSER:
         raise _WrongType(f"json: cannot unmarshal {found} into Go value of type {_go(schema)}")
-    raise _WrongType(
-        f"json: cannot unmarshal {found} into Go struct field {_field(at, owner)} of type {_go(schema)}"
-    )
+    raise _WrongType(f"json: cannot unmarshal {found}", at, schema)
 
 
 def _formatted(value: str, form: str) -> str:
@@ -154,15 +167,21 @@ def _formatted(value: str, form: str) -> str:
     return value
 
 
-def _field(at: Path, owner: Schema) -> str:
-    """`EnvVar.spec.containers.env.value`: the struct, then the path without indices."""
-    steps = []
+def _go_field(at: Path, root: Schema) -> str:
+    """`EnvVar.spec.containers.env.value`: the struct, then the path without indices and map keys."""
+    steps: list[str | int] = []
     while at is not None:
         at, step = at
-        if not isinstance(step, int):
-            steps.append(step)
-    name = f"{owner.name}." if owner.name else ""
-    return name + ".".join(reversed(steps))
+        steps.append(step)
+    struct, names, node = root.name, [], root
+    for step in reversed(steps):
+        if isinstance(step, str) and step in node.properties:
+            struct = node.name or struct
+            names.append(step)
+            node = node.properties[step]
+        else:
+            node = (node.items if isinstance(step, int) else node.values) or node
+    return ".".join([struct, *names])
 
 
 def _go(schema: Schema) -> str:
@@ -193,7 +212,8 @@ def prune(obj: Object, schema: Schema, metadata_kind: str = "") -> list[str]:
         try:
             _object(metadata, schema.properties["metadata"], (None, "metadata"), unknown)
         except _WrongType as error:
-            raise bad_request(f"{metadata_kind or 'the object'} cannot be handled: {error}") from None
+            sentence = error.sentence(schema)
+            raise bad_request(f"{metadata_kind or 'the object'} cannot be handled: {sentence}") from None
     _prune(obj, schema, None, unknown)
     return unknown
 
