@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import functools
 import re
-from decimal import ROUND_UP, Decimal
+from decimal import ROUND_UP, Context, Decimal, InvalidOperation
 
 _FORM = re.compile(r"([+-]?[0-9.]+)([eEinumkKMGTP]*[-+]?[0-9]*)")
 _BINARY = {"Ki": 10, "Mi": 20, "Gi": 30, "Ti": 40, "Pi": 50, "Ei": 60}
 _DECIMAL = {"n": -9, "u": -6, "m": -3, "": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
 _EXPONENT = re.compile(r"[eE]([-+]?[0-9]+)")
 _NANO = Decimal(1).scaleb(-9)
+_EXACT = Context(prec=60, rounding=ROUND_UP)
+"""Wider than any amount that makes sense; what does not fit is refused, not rounded."""
 
 
 class QuantityError(ValueError):
@@ -42,9 +44,9 @@ def canonical(text: str) -> str:
     if amount == 0:
         return "0"
     exponent = 18
-    while exponent > -9 and amount.scaleb(-exponent) != amount.scaleb(-exponent).to_integral_value():
+    while exponent > -9 and _EXACT.remainder(amount, _EXACT.power(10, exponent)):
         exponent -= 3
-    digits = str(int(amount.scaleb(-exponent)))
+    digits = str(int(_EXACT.scaleb(amount, -exponent)))
     if family == "exponent":
         return digits if exponent == 0 else f"{digits}e{exponent}"
     return digits + next(name for name, power in _DECIMAL.items() if power == exponent)
@@ -58,10 +60,13 @@ def _parse(text: str) -> tuple[Decimal, str]:
             "quantities must match the regular expression '^([+-]?[0-9.]+)([eEinumkKMGTP]*[-+]?[0-9]*)$'"
         )
     number, suffix = Decimal(match[1]), match[2]
-    if suffix in _DECIMAL:
-        return (number.scaleb(_DECIMAL[suffix])).quantize(_NANO, ROUND_UP), "decimal"
-    if suffix in _BINARY:
-        return (number * (1 << _BINARY[suffix])).quantize(_NANO, ROUND_UP), "binary"
-    if exponent := _EXPONENT.fullmatch(suffix):
-        return number.scaleb(int(exponent[1])).quantize(_NANO, ROUND_UP), "exponent"
+    try:
+        if suffix in _DECIMAL:
+            return _EXACT.quantize(_EXACT.scaleb(number, _DECIMAL[suffix]), _NANO), "decimal"
+        if suffix in _BINARY:
+            return _EXACT.quantize(_EXACT.multiply(number, Decimal(1 << _BINARY[suffix])), _NANO), "binary"
+        if exponent := _EXPONENT.fullmatch(suffix):
+            return _EXACT.quantize(_EXACT.scaleb(number, int(exponent[1])), _NANO), "exponent"
+    except (InvalidOperation, OverflowError):
+        raise QuantityError(f"the quantity {text[:40]} is out of range") from None
     raise QuantityError("unable to parse quantity's suffix")
