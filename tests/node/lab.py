@@ -1,7 +1,8 @@
 """A fabric, nodes and pods in namespaces of a test's own, which end with the test.
 
 `run(scenario)` starts `python lab.py SCENARIO` as pid 1 of fresh namespaces: whatever happens to it,
-the kernel takes processes, links and mounts away. The scenarios are the functions of `scenarios.py`.
+the kernel takes processes, links and mounts away. A scenario is a function of `scenarios.py`, or
+`module:function` of this folder.
 """
 
 from __future__ import annotations
@@ -156,6 +157,7 @@ class Proxy:
     def _listen(port: int) -> socket.socket:
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # beside its successor's
         listener.bind(("", port))
         listener.listen(128)
         return listener
@@ -276,5 +278,6 @@ def load(connect: Callable[[], str]) -> Iterator[list[str]]:
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
     fabric()
-    getattr(importlib.import_module("scenarios"), sys.argv[1])()
+    module, _, name = sys.argv[1].rpartition(":")
+    getattr(importlib.import_module(module or "scenarios"), name)()
     os._exit(0)

@@ -40,7 +40,7 @@ def links() -> None:
     assert a.ask(a.address, 80) == f"a {a.address}"
     with socket.create_connection((a.address, 80), 3) as stream:
         assert read(stream) == "a 172.20.0.1", "the fabric, where the API server is, reaches pods"
-    with pytest.raises(OSError, match="unreachable|No route"):
+    with pytest.raises(OSError, match=r"unreachable|No route"):
         a.connect("10.244.1.77", 80)
     # After a restart of the agent: nothing is lost, nothing is made twice.
     again = Node(1)

@@ -1,37 +1,93 @@
 """istio-cni's role: moves pods into the mesh and out of it as labels say, without dropping a connection.
 
 In: ztunnel listens in the pod, then new connections are redirected, then the annotation tells istiod.
-Out: the reverse, with a drain during which peers that have not heard yet still find the listeners.
+Out: nothing new is redirected, then the annotation goes, then after a drain ztunnel stops listening.
+Redirection goes first on the way out because peers that hear the news send plaintext, which a STRICT
+policy would refuse at the capture; until they hear it, HBONE still finds its listener.
+
+`next_step` decides, purely, from where a pod stands and where it belongs. What has been done is read
+back from the kernel and the annotation after an agent's restart, so that nothing is dropped by one.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
+import contextlib
+import datetime
 import time
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
-from meshlight.kube.client import ApiError, Client
-from meshlight.kube.resources import NAMESPACES, PODS, Object
+from meshlight.controllers.workqueue import log
+from meshlight.kube.client import ApiError, ApiUnreachable, Cache, Client
+from meshlight.kube.resources import EVENTS, NAMESPACES, PODS, Object
 from meshlight.node import netns, redirection
 from meshlight.node.netns import NetworkError
-from meshlight.node.zds import EnrolledPod, NotDelivered, ZdsServer
+from meshlight.node.zds import EnrolledPod, ZdsServer
 
 DATAPLANE_MODE = "istio.io/dataplane-mode"
 REDIRECTION = "ambient.istio.io/redirection"
 SIDECAR_STATUS = "sidecar.istio.io/status"
-ANNOUNCE = 1.0
-"""Seconds between telling istiod that a pod leaves and redirecting no more: peers hear of it first."""
 DRAIN = 5.0
-"""Seconds for which a pod that left keeps its listeners."""
-_RETRY = 0.5
+"""Seconds for which a pod that left keeps its listeners: for peers that have not heard of it yet."""
+PREPARE_TIMEOUT = 3.0
+"""Seconds that a new pod's containers wait for their redirection at most."""
+_CONCURRENT = 4
+"""Pods whose rules are written at the same time."""
+_RETRY, _RETRY_MOST, _NETWORK_POLL_MOST = 0.1, 10.0, 1.0
+"""Seconds between attempts: the first, the longest, and the longest when the network is awaited."""
 
 
-def log(message: str, **fields: object) -> None:
-    """One JSON event a line."""
-    record = {"ts": time.time(), "level": "info", "scope": "enrolment", "msg": message, **fields}
-    print(json.dumps(record), file=sys.stderr, flush=True)
+class Step(Enum):
+    """What to do next for a pod."""
+
+    REST = "rest"
+    AWAIT_NETWORK = "await network"
+    ASK = "ask ztunnel to listen"
+    REDIRECT = "redirect"
+    ANNOUNCE = "announce"
+    FLUSH = "flush"
+    WITHDRAW = "withdraw"
+    DRAIN = "drain"
+    FORGET = "tell ztunnel to stop listening"
+    END = "end"
+
+
+@dataclass(slots=True)
+class Standing:
+    """How far a pod is in the mesh.
+
+    `asked`: it is among the pods that ztunnel is told of; `listening`: ztunnel has confirmed;
+    `drained_at`: the monotonic time from which its listeners may close.
+    """
+
+    asked: bool = False
+    listening: bool = False
+    redirected: bool = False
+    announced: bool = False
+    drained_at: float = 0.0
+
+
+def next_step(standing: Standing, *, wanted: bool, networked: bool, gone: bool, now: float) -> Step:
+    """The one thing to do next for a pod; REST when only a change from outside can need more."""
+    if gone:
+        return Step.FORGET if standing.asked else Step.END
+    if wanted:
+        if not networked:
+            return Step.AWAIT_NETWORK
+        if not standing.asked:
+            return Step.ASK
+        if not standing.redirected:
+            return Step.REDIRECT if standing.listening else Step.REST
+        return Step.REST if standing.announced else Step.ANNOUNCE
+    if standing.redirected:
+        return Step.FLUSH
+    if standing.announced:
+        return Step.WITHDRAW
+    if standing.asked:
+        return Step.DRAIN if now < standing.drained_at else Step.FORGET
+    return Step.REST
 
 
 def wanted(pod: Object, namespace_mode: str | None) -> bool:
@@ -45,8 +101,7 @@ def wanted(pod: Object, namespace_mode: str | None) -> bool:
         return False
     if metadata["namespace"] == "istio-system" and labels.get("app") == "ztunnel":
         return False
-    status = pod.get("status") or {}
-    if status.get("phase") in ("Succeeded", "Failed") or not status.get("podIP"):
+    if (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed"):
         return False
     return bool(labels.get(DATAPLANE_MODE, namespace_mode) == "ambient")
 
@@ -56,139 +111,279 @@ def announced(pod: Object) -> bool:
     return (pod["metadata"].get("annotations") or {}).get(REDIRECTION) == "enabled"
 
 
+class _Pod:
+    """One pod of the node, with its task's wake-up."""
+
+    def __init__(self, obj: Object) -> None:
+        self.object = obj
+        self.standing = Standing(announced=announced(obj))
+        self.gone = False
+        self.prepared = False
+        self.network = 0
+        self.refusal = ""
+        self.waiting_told = False
+        self.changed = asyncio.Event()
+        self.captured = asyncio.Event()
+
+    @property
+    def uid(self) -> str:
+        """The pod's uid, also the name of its network namespace."""
+        return str(self.object["metadata"]["uid"])
+
+    @property
+    def where(self) -> dict[str, str]:
+        """Fields for a log line."""
+        metadata = self.object["metadata"]
+        return {"pod": metadata["name"], "namespace": metadata["namespace"]}
+
+    def networked(self) -> bool:
+        """Whether the pod has its whole network: the address is known last."""
+        known = self.prepared or bool((self.object.get("status") or {}).get("podIP"))
+        return known and netns.exists(self.uid)
+
+    def notice_network(self) -> None:
+        """Start anew if the pod's network was made anew: nothing is redirected in the new one."""
+        network = netns.identity(self.uid)
+        if network and network != self.network:
+            if self.network:
+                self.standing.asked = self.standing.listening = self.standing.redirected = False
+            self.network = network
+
+    def enrolled(self) -> EnrolledPod:
+        """What ztunnel is told of it."""
+        metadata = self.object["metadata"]
+        account = self.object["spec"].get("serviceAccountName") or "default"
+        return EnrolledPod(self.uid, metadata["name"], metadata["namespace"], account, self.network)
+
+
 class Enrolment:
-    """This node's pods, which of them are in the mesh, and one task for each that changes."""
+    """This node's pods and where they belong; one task a pod takes its steps in order."""
 
     def __init__(self, client: Client, node: str, uds: Path) -> None:
         self._client = client
         self._node = node
-        self._zds = ZdsServer(uds, self._reconsider)
-        self._pods: dict[str, Object] = {}
-        self._modes: dict[str, str] = {}
-        self._enrolled: set[str] = set()
-        self._working: dict[str, asyncio.Task[None]] = {}
+        self._zds = ZdsServer(uds, self._answered, self._connection_changed)
+        self._namespaces = Cache(client, NAMESPACES)
+        self._own = Cache(client, PODS, field_selector=f"spec.nodeName={node}")
+        self._namespaces.on_change(self._namespace_changed)
+        self._own.on_change(self._pod_changed)
+        self._pods: dict[str, _Pod] = {}
         self._tasks: asyncio.TaskGroup | None = None
+        self._turns = asyncio.Semaphore(_CONCURRENT)
 
     async def run(self) -> None:
-        """Follow namespaces and pods for ever. Raises ApiError when the API refuses us."""
+        """Keep pods where they belong until cancelled. Raises ApiError when the API refuses us."""
         async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._namespaces.run())
+            tasks.create_task(self._own.run())
+            await self._namespaces.synced.wait()
+            await self._own.synced.wait()
+            await self._recover()
+            # ztunnel forgets what a snapshot does not name: it must not connect before we know all.
             self._tasks = tasks
+            for pod in list(self._pods.values()):
+                tasks.create_task(self._keep(pod))
             tasks.create_task(self._zds.run())
-            tasks.create_task(self._follow_namespaces())
-            tasks.create_task(self._follow_pods())
 
-    async def _follow_namespaces(self) -> None:
-        async for event in self._client.watch(NAMESPACES):
-            if event.type == "SYNCED":
-                continue
-            name = event.object["metadata"]["name"]
-            mode = (event.object["metadata"].get("labels") or {}).get(DATAPLANE_MODE, "")
-            if event.type == "DELETED":
-                mode = ""
-            if self._modes.get(name, "") != mode:
-                self._modes[name] = mode
-                for uid, pod in list(self._pods.items()):
-                    if pod["metadata"]["namespace"] == name:
-                        self._consider(uid)
+    async def prepare(self, obj: Object) -> None:
+        """To be awaited between the making of a pod's network and the start of its containers.
 
-    async def _follow_pods(self) -> None:
-        async for event in self._client.watch(PODS, field_selector=f"spec.nodeName={self._node}"):
-            if event.type == "SYNCED":
-                continue
-            uid = event.object["metadata"]["uid"]
-            if event.type == "DELETED":
-                self._pods.pop(uid, None)
-            else:
-                self._pods[uid] = event.object
-            self._consider(uid)
+        Returns once the pod's traffic is redirected, so that its first connection is in the mesh; at
+        once if it does not belong there or ztunnel is away, and after PREPARE_TIMEOUT in any case.
+        """
+        if not wanted(obj, self._mode(obj["metadata"]["namespace"])):
+            return
+        pod = self._learn(obj)
+        pod.prepared = True
+        pod.notice_network()
+        if not pod.standing.redirected:
+            pod.captured.clear()
+        pod.changed.set()
+        if self._zds.connected:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PREPARE_TIMEOUT):
+                    await pod.captured.wait()
 
-    def _reconsider(self) -> None:
-        """A ztunnel connected: pods that waited for one can go in."""
-        for uid in self._pods:
-            self._consider(uid)
+    async def _recover(self) -> None:
+        """Learn from the kernel which pods an earlier agent left redirected, and keep those in the set."""
 
-    def _wanted(self, uid: str) -> bool:
-        pod = self._pods.get(uid)
-        return pod is not None and wanted(pod, self._modes.get(pod["metadata"]["namespace"]))
+        async def look(pod: _Pod) -> None:
+            async with self._turns:
+                path = netns.NETNS / pod.uid
+                pod.notice_network()
+                pod.standing.redirected = await netns.within(None, lambda: redirection.redirected(path))
+            if pod.standing.redirected or pod.standing.announced:
+                pod.standing.asked = True
+                pod.standing.drained_at = time.monotonic() + DRAIN
+                self._zds.add(pod.enrolled())
 
-    def _settled(self, uid: str) -> bool:
-        pod = self._pods.get(uid)
-        if not self._wanted(uid):
-            return uid not in self._enrolled and not (pod and announced(pod))
-        return uid in self._enrolled and pod is not None and announced(pod)
+        async with asyncio.TaskGroup() as tasks:
+            for pod in self._pods.values():
+                if pod.networked():
+                    tasks.create_task(look(pod))
 
-    def _consider(self, uid: str) -> None:
-        if self._tasks is not None and uid not in self._working and not self._settled(uid):
-            self._working[uid] = self._tasks.create_task(self._converge(uid))
+    def _mode(self, namespace: str) -> str | None:
+        found = self._namespaces.get(namespace)
+        return (found["metadata"].get("labels") or {}).get(DATAPLANE_MODE) if found else None
 
-    async def _converge(self, uid: str) -> None:
-        try:
-            while not self._settled(uid):
-                if self._wanted(uid):
-                    if not await self._enter(self._pods[uid]):
-                        return
-                else:
-                    await self._leave(uid)
-        finally:
-            self._working.pop(uid, None)
-
-    async def _enter(self, pod: Object) -> bool:
-        """Take a pod in; returns False when ztunnel must connect first (we are woken then)."""
-        metadata = pod["metadata"]
-        uid, name, namespace = metadata["uid"], metadata["name"], metadata["namespace"]
-        account = pod["spec"].get("serviceAccountName") or "default"
-        fields = {"pod": name, "namespace": namespace}
-        try:
-            await self._zds.add(EnrolledPod(uid, name, namespace, account))
-            await asyncio.to_thread(redirection.apply, netns.NETNS / uid)
-        except NotDelivered as error:
-            log("pod waits for ztunnel", **fields, reason=str(error))
-            if self._zds.connected:
-                await asyncio.sleep(_RETRY)
-                return True
-            return False
-        except (NetworkError, OSError) as error:
-            log("redirection failed", **fields, reason=str(error))
-            await asyncio.sleep(_RETRY)
-            return True
-        self._enrolled.add(uid)
-        await self._annotate(uid, "enabled")
-        log("pod enrolled", **fields)
-        return True
-
-    async def _leave(self, uid: str) -> None:
-        """Take a pod out; one that is deleted has no namespace to clean any more."""
-        if uid in self._pods:
-            await self._annotate(uid, None)
-            await asyncio.sleep(ANNOUNCE)
-            try:
-                await asyncio.to_thread(redirection.flush, netns.NETNS / uid)
-            except (NetworkError, OSError) as error:
-                log("redirection could not be flushed", uid=uid, reason=str(error))
-            await asyncio.sleep(DRAIN)
-            if self._wanted(uid):
-                return
-        self._enrolled.discard(uid)
-        await self._zds.remove(uid)
-        log("pod left the mesh", uid=uid)
-
-    async def _annotate(self, uid: str, value: str | None) -> None:
+    def _learn(self, obj: Object) -> _Pod:
+        uid = obj["metadata"]["uid"]
         pod = self._pods.get(uid)
         if pod is None:
-            return
-        metadata = pod["metadata"]
-        patch = {"metadata": {"uid": uid, "annotations": {REDIRECTION: value}}}
-        try:
-            changed = await self._client.patch(PODS, metadata["name"], patch, metadata["namespace"])
-        except ApiError as error:
-            if error.code not in (404, 409):
-                raise
-            self._pods.pop(uid, None)  # deleted, or another pod of the same name: the watch will say
-            return
-        if uid in self._pods:
-            self._pods[uid] = changed
+            pod = self._pods[uid] = _Pod(obj)
+            if self._tasks is not None:
+                self._tasks.create_task(self._keep(pod))
+        return pod
+
+    def _pod_changed(self, old: Object | None, new: Object | None) -> None:
+        if old is not None and (new is None or new["metadata"]["uid"] != old["metadata"]["uid"]):
+            gone = self._pods.get(old["metadata"]["uid"])
+            if gone is not None:
+                gone.gone = True
+                gone.changed.set()
+        if new is not None:
+            pod = self._learn(new)
+            pod.object = new
+            pod.standing.announced = announced(new)
+            pod.changed.set()
+
+    def _namespace_changed(self, old: Object | None, new: Object | None) -> None:
+        name = (new or old or {})["metadata"]["name"]
+        for pod in self._pods.values():
+            if pod.object["metadata"]["namespace"] == name:
+                pod.changed.set()
+
+    def _answered(self, uid: str, error: str) -> None:
+        pod = self._pods.get(uid)
+        if pod is not None:
+            pod.standing.listening = not error
+            pod.refusal = error
+            pod.changed.set()
+
+    def _connection_changed(self, connected: bool) -> None:
+        for pod in self._pods.values():
+            if not connected:
+                pod.standing.listening = False
+            pod.changed.set()
+
+    async def _keep(self, pod: _Pod) -> None:
+        """Take a pod's steps until it is gone."""
+        delay = _RETRY
+        while True:
+            pod.changed.clear()
+            if pod.refusal:
+                log("warning", "ztunnel cannot take the pod", **pod.where, error=pod.refusal)
+                pod.refusal = ""
+                await self._pause(pod, delay)
+                delay = min(delay * 2, _RETRY_MOST)
+                if pod.standing.asked:
+                    self._zds.add(pod.enrolled())
+                continue
+            if not pod.gone:
+                pod.notice_network()
+            step = next_step(
+                pod.standing,
+                wanted=wanted(pod.object, self._mode(pod.object["metadata"]["namespace"])),
+                networked=pod.networked(),
+                gone=pod.gone,
+                now=time.monotonic(),
+            )
+            try:
+                if step is Step.END:
+                    self._pods.pop(pod.uid, None)
+                    pod.captured.set()
+                    return
+                if step is Step.REST:
+                    await pod.changed.wait()
+                elif step is Step.AWAIT_NETWORK:
+                    await self._pause(pod, delay)
+                    delay = min(delay * 2, _NETWORK_POLL_MOST)
+                elif step is Step.DRAIN:
+                    await self._pause(pod, pod.standing.drained_at - time.monotonic())
+                else:
+                    await self._take(pod, step)
+                    delay = _RETRY
+            except (NetworkError, OSError, ApiError, ApiUnreachable) as error:
+                log("warning", "enrolment step failed", **pod.where, step=step.value, error=str(error))
+                await self._pause(pod, delay)
+                delay = min(delay * 2, _RETRY_MOST)
+
+    async def _pause(self, pod: _Pod, seconds: float) -> None:
+        """Wait, but not longer than until something changes."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(seconds, 0)):
+                await pod.changed.wait()
+
+    async def _take(self, pod: _Pod, step: Step) -> None:
+        """One step. Raises NetworkError, OSError, ApiError, ApiUnreachable; it is then taken again."""
+        standing, path = pod.standing, netns.NETNS / pod.uid
+        match step:
+            case Step.ASK:
+                standing.asked = True
+                self._zds.add(pod.enrolled())
+                if not self._zds.connected and not pod.waiting_told:
+                    pod.waiting_told = True
+                    await self._tell_waiting(pod)
+            case Step.REDIRECT:
+                async with self._turns:
+                    await netns.within(None, lambda: redirection.apply(path))
+                standing.redirected = True
+                pod.captured.set()
+                log("info", "pod redirected", **pod.where)
+            case Step.ANNOUNCE:
+                await self._annotate(pod, "enabled")
+                log("info", "pod enrolled", **pod.where)
+            case Step.FLUSH:
+                async with self._turns:
+                    with contextlib.suppress(FileNotFoundError):  # its network is gone already
+                        await netns.within(None, lambda: redirection.flush(path))
+                standing.redirected = False
+                pod.captured.clear()
+                standing.drained_at = time.monotonic() + DRAIN
+            case Step.WITHDRAW:
+                await self._annotate(pod, None)
+                standing.drained_at = time.monotonic() + DRAIN
+            case Step.FORGET:
+                self._zds.remove(pod.uid)
+                standing.asked = standing.listening = False
+                log("info", "pod left the mesh", **pod.where)
+
+    async def _annotate(self, pod: _Pod, value: str | None) -> None:
+        metadata = pod.object["metadata"]
+        # The uid keeps the patch from another pod of the same name.
+        patch = {"metadata": {"uid": pod.uid, "annotations": {REDIRECTION: value}}}
+        await self._client.patch(PODS, metadata["name"], patch, metadata["namespace"])
+        pod.standing.announced = value is not None
+
+    async def _tell_waiting(self, pod: _Pod) -> None:
+        """An Event for whoever asks why the pod is not in the mesh yet; losing it does no harm."""
+        now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        metadata = pod.object["metadata"]
+        event = {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"generateName": f"{metadata['name']}.", "namespace": metadata["namespace"]},
+            "involvedObject": {
+                "apiVersion": "v1",
+                "kind": "Pod",
+                "name": metadata["name"],
+                "namespace": metadata["namespace"],
+                "uid": pod.uid,
+            },
+            "type": "Warning",
+            "reason": "WaitingForZtunnel",
+            "message": f"ztunnel is not connected on {self._node}: the pod's traffic is plaintext until it is",
+            "count": 1,
+            "firstTimestamp": now,
+            "lastTimestamp": now,
+            "source": {"component": "enrolment", "host": self._node},
+            "reportingComponent": "meshlight.io/enrolment",
+            "reportingInstance": self._node,
+        }
+        with contextlib.suppress(ApiError, ApiUnreachable):
+            await self._client.create(EVENTS, event)
 
 
 async def run(client: Client, node: str, uds: Path) -> None:
-    """Enrol this node's pods for ever; `uds` is where ztunnel connects. Raises ApiError."""
+    """Enrol this node's pods until cancelled; `uds` is where ztunnel connects. Raises ApiError."""
     await Enrolment(client, node, uds).run()
