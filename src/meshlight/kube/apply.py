@@ -84,7 +84,8 @@ def _transferred(owners: Owners, manager: Manager, change: field_sets.Difference
             continue
         if lost := owned & taken:
             conflicts[other] = lost
-        result[other] = owned - lost - change.removed
+        if gone := lost | (owned & change.removed):
+            result[other] = owned - gone
     if conflicts and not force:
         raise ConflictsError(conflicts)
     return result

@@ -55,28 +55,16 @@ def from_json(tree: Object) -> FieldSet:
 def to_json(paths: FieldSet) -> Object:
     """A field set as `fieldsV1`."""
     tree: Object = {}
-    for path in sorted(paths):  # a prefix comes before what it holds
+    for path in sorted(paths):  # a member comes before what it holds
         node = tree
-        for element in path[:-1]:
+        for depth, element in enumerate(path):
             below = node.get(element)
             if below is None:
+                if not node and depth and path[:depth] in paths:
+                    node["."] = {}
                 below = node[element] = {}
             node = below
-        node[path[-1]] = {}
-    members = [p for p in paths if len(p) > 0]
-    for path in members:
-        node = tree
-        for element in path:
-            node = node[element]
-        if node:
-            node["."] = {}
-    return _dots_first(tree)
-
-
-def _dots_first(tree: Object) -> Object:
-    if "." in tree:
-        return {".": {}, **{k: _dots_first(v) for k, v in tree.items() if k != "."}}
-    return {k: _dots_first(v) for k, v in tree.items()}
+    return tree
 
 
 def shown(path: Path) -> str:

@@ -38,6 +38,8 @@ class Ownership:
     owners: Owners = field(default_factory=dict)
     times: dict[Manager, str] = field(default_factory=dict)
     versions: dict[Manager, str] = field(default_factory=dict)
+    encoded: dict[Manager, tuple[FieldSet, Object]] = field(default_factory=dict)
+    """The sets as they were read and their JSON, which serves again where nothing changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +71,17 @@ def read(entries: Any) -> Ownership:
                 entry.get("subresource", ""),
                 "" if operation == "Apply" else version,
             )
-            fields = field_sets.from_json(entry.get("fieldsV1") or {})
+            tree = entry.get("fieldsV1") or {}
+            fields = field_sets.from_json(tree)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"malformed entry of managedFields: {entry!r}") from error
         if operation not in ("Apply", "Update"):
             raise ValueError(f"unknown operation {operation!r} in managedFields")
-        ownership.owners[manager] = ownership.owners.get(manager, field_sets.EMPTY) | fields
+        if manager in ownership.owners:
+            fields |= ownership.owners[manager]
+        else:
+            ownership.encoded[manager] = (fields, tree)
+        ownership.owners[manager] = fields
         ownership.versions[manager] = version
         if "time" in entry:
             ownership.times[manager] = entry["time"]
@@ -93,7 +100,8 @@ def encode(ownership: Ownership) -> list[Object]:
         if manager in ownership.times:
             entry["time"] = ownership.times[manager]
         entry["fieldsType"] = "FieldsV1"
-        entry["fieldsV1"] = field_sets.to_json(owned)
+        before, tree = ownership.encoded.get(manager, (None, {}))
+        entry["fieldsV1"] = tree if owned is before else field_sets.to_json(owned)
         if manager.subresource:
             entry["subresource"] = manager.subresource
         entries.append(entry)

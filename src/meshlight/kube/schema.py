@@ -53,6 +53,7 @@ class Schema:
     embedded: bool = False
     constraints: Object = field(default_factory=dict)
     _plan: list[tuple[str, Schema]] | None = None
+    _defaulted: bool | None = None
 
     def member(self, name: str) -> Schema | None:
         """The schema of the member `name`: a declared property, or what all values of a map are."""
@@ -66,9 +67,12 @@ class Schema:
         return self._plan
 
     def defaulted(self) -> bool:
-        """Whether anything below has a default."""
-        below = (self.values, self.items)
-        return bool(self.default_plan()) or any(s is not None and s.defaulted() for s in below)
+        """Whether anything below has a default; computed once."""
+        if self._defaulted is None:
+            self._defaulted = False  # what a recursive type finds on its way round
+            below = (self.values, self.items)
+            self._defaulted = bool(self.default_plan()) or any(s is not None and s.defaulted() for s in below)
+        return self._defaulted
 
 
 ANY = Schema(open=True)
