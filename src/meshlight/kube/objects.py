@@ -82,9 +82,7 @@ def validate(served: ResourceType, obj: Object, old: Object | None = None, subre
     elif subresource == "status":
         return
     else:
-        causes = validation.builtin(obj, served.structure)
-        if old is not None:
-            causes += validation.builtin_update(old, obj)
+        causes = validation.builtin(obj, served.structure, old)
     if causes:
         name = obj["metadata"].get("name") or ""
         raise invalid(served.resource.group, served.resource.kind, name, causes)

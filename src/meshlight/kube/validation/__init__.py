@@ -56,24 +56,26 @@ _UPDATE_RULES: dict[str, UpdateRule] = {
 }
 
 
-def builtin(obj: Object, schema: Schema) -> list[Cause]:
-    """Faults of an object of a built-in kind; its status is its writers' business."""
+def builtin(obj: Object, schema: Schema, old: Object | None = None) -> list[Cause]:
+    """Faults of an object of a built-in kind that replaces `old`, if any.
+
+    Its status is its writers' business, and what is as it was before is right.
+    """
     causes = names.metadata(obj)
+    own = ("metadata", "status")
+    if old is not None and all(obj.get(k) == old.get(k) for k in {*obj, *old} if k not in own):
+        return causes
     for name, below in schema.properties.items():
         if name in schema.required and name not in obj:
             causes.append(field_errors.required(name))
-        elif name not in ("metadata", "status") and name in obj:
+        elif name not in own and name in obj:
             causes += structural.omissions({name: obj[name]}, Schema(properties={name: below}))
     if rule := _RULES.get(obj["kind"]):
         reported = {c.field for c in causes}
         causes += [c for c in rule(obj) if c.field not in reported]
+    if old is not None and (change_rule := _UPDATE_RULES.get(obj["kind"])):
+        causes += change_rule(old, obj)
     return causes
-
-
-def builtin_update(old: Object, new: Object) -> list[Cause]:
-    """Faults of a change of an object of a built-in kind."""
-    rule = _UPDATE_RULES.get(new["kind"])
-    return rule(old, new) if rule else []
 
 
 def custom(obj: Object, schema: Schema) -> list[Cause]:
