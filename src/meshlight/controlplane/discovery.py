@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -20,9 +20,9 @@ from meshlight.controlplane.facts import ObjectKey
 from meshlight.controlplane.index import Index
 from meshlight.controlplane.logs import Scope
 from meshlight.controlplane.metrics import Metrics
-from meshlight.controlplane.resources import ADDRESS_TYPE, TYPE_PREFIX
+from meshlight.controlplane.resources import TYPE_PREFIX
 from meshlight.controlplane.settings import Mesh
-from meshlight.controlplane.xds import Response, Session
+from meshlight.controlplane.xds import Rejection, Response, Session
 from meshlight.kube.resources import Object
 from meshlight.proto import discovery_pb2 as ads
 
@@ -40,6 +40,9 @@ class Connection:
     owed_since: float | None = None
 
 
+Verdict = Callable[[Connection, Rejection | None], None]
+
+
 class Discovery:
     """The index, and the connections that follow it."""
 
@@ -53,7 +56,12 @@ class Discovery:
         self._first_change = 0.0
         self._last_change = 0.0
         self._ids = itertools.count(1)
+        self._on_verdict: list[Verdict] = []
         self._count_connections()
+
+    def on_verdict(self, callback: Verdict) -> None:
+        """Register what hears of every refusal, with its connection, and (None) of a connection's end."""
+        self._on_verdict.append(callback)
 
     def observe(self, kind: str, key: ObjectKey, obj: Object | None) -> None:
         """Take an object's present state. One that cannot be read keeps its last readable state."""
@@ -98,8 +106,7 @@ class Discovery:
             return
         since = self._first_change
         self.metrics.debounce.observe(max(time.monotonic() - since, 0))
-        addresses = self.index.collections[ADDRESS_TYPE]
-        self.metrics.services.set(sum(1 for r in addresses if not r.groups and r.message.HasField("service")))
+        self.metrics.services.set(self.index.service_count())
         for connection in self.connections:
             if connection.session.change(changes):
                 connection.owed_since = connection.owed_since or since
@@ -122,6 +129,8 @@ class Discovery:
         finally:
             self.connections.discard(connection)
             self._count_connections()
+            for callback in self._on_verdict:
+                callback(connection, None)
             log.info("xDS stream ended", proxy=session.proxy.id, peer=peer)
 
     def _count_connections(self) -> None:
@@ -134,6 +143,8 @@ class Discovery:
         rejection = session.receive(request, time.time())
         if rejection is not None:
             self.metrics.rejects.inc(short_name(rejection.type_url))
+            for callback in self._on_verdict:
+                callback(connection, rejection)
             log.warn(
                 "push rejected by proxy",
                 proxy=session.proxy.id,

@@ -96,6 +96,10 @@ class Index:
         """Take an object's present state, None once it is deleted. `kind` as in its manifest."""
         self._observers[kind](key, obj)
 
+    def service_count(self) -> int:
+        """How many Services are known."""
+        return len(self._services)
+
     def pending(self) -> bool:
         """Whether a commit may change something."""
         return bool(

@@ -23,6 +23,7 @@ from meshlight.controlplane.root_certificates import NAME as ROOT_CONFIG_MAP
 from meshlight.controlplane.root_certificates import RootCertificates
 from meshlight.controlplane.serving_certificate import ServingCertificate, dns_names
 from meshlight.controlplane.settings import Settings
+from meshlight.controlplane.status import PolicyStatus
 from meshlight.kube.client import ApiError, Cache, Client
 from meshlight.kube.resources import (
     AUTHORIZATION_POLICIES,
@@ -58,6 +59,7 @@ class Istiod:
         self._serving = False
         for kind, cache in self._caches.items():
             cache.on_change(self._observer(kind))
+        self._status = PolicyStatus(client, self._caches["AuthorizationPolicy"], self._discovery)
 
     def _observer(self, kind: str) -> _Callback:
         def changed(old: Object | None, new: Object | None) -> None:
@@ -108,6 +110,7 @@ class Istiod:
             await asyncio.gather(*(cache.synced.wait() for cache in self._caches.values()))
             self._discovery.start()
             group.create_task(self._discovery.run())
+            group.create_task(self._status.run())
             log.info("istiod ready", objects={k: len(c.objects) for k, c in self._caches.items()})
 
     async def _open_grpc(

@@ -56,12 +56,13 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """A client refused a response (NACK)."""
+    """A client refused a response (NACK); `names` are the resources it was sent in it, if it was the last."""
 
     type_url: str
     nonce: str
     code: int
     message: str
+    names: tuple[str, ...]
 
 
 @dataclass(slots=True)
@@ -100,6 +101,7 @@ class Subscription:
         self._held: dict[str, str] = {}
         self._owed: set[str] = set()
         self._owed_removed: set[str] = set()
+        self._in_flight: tuple[str, ...] = ()
         self._must_answer = False
         self._initial = True
 
@@ -143,10 +145,12 @@ class Subscription:
         if request.HasField("error_detail"):
             state.last_error = request.error_detail.message or f"code {request.error_detail.code}"
             state.rejected_responses += 1
-            return Rejection(self.type_url, nonce, request.error_detail.code, state.last_error)
+            names = self._in_flight if nonce == state.sent_nonce else ()
+            return Rejection(self.type_url, nonce, request.error_detail.code, state.last_error, names)
         state.acked_nonce, state.acked_at = nonce, now
         if nonce == state.sent_nonce:
             state.last_error = ""
+            self._in_flight = ()
         return None
 
     def _owe_everything(self) -> None:
@@ -200,6 +204,7 @@ class Subscription:
         encoded = head.SerializeToString() + b"".join(resource.fragment for resource in present)
         self._held = {}  # only a claim about the time before this stream
         self._owed, self._owed_removed, self._must_answer = set(), set(), False
+        self._in_flight = tuple(resource.name for resource in present)
         state = self.acknowledgement
         state.sent_nonce, state.sent_at = nonce, now
         state.sent_responses += 1

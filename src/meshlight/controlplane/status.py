@@ -1,0 +1,143 @@
+"""Condition `ZtunnelAccepted` on AuthorizationPolicies: what became of a policy, where its author looks.
+
+False when something of it cannot be enforced as written, or when a node proxy refused it. Written
+only when it differs, so that any number of replicas agree without a leader.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+from dataclasses import dataclass
+
+from meshlight.controlplane.discovery import Connection, Discovery
+from meshlight.controlplane.facts import ObjectKey
+from meshlight.controlplane.logs import Scope
+from meshlight.controlplane.policy import CompiledPolicy
+from meshlight.controlplane.resources import AUTHORIZATION_TYPE
+from meshlight.controlplane.xds import Rejection
+from meshlight.kube.client import ApiError, ApiUnreachable, Cache, Client
+from meshlight.kube.resources import AUTHORIZATION_POLICIES, Object
+
+CONDITION = "ZtunnelAccepted"
+_RETRY_SECONDS = 5.0
+
+log = Scope("status")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a condition says."""
+
+    accepted: bool
+    reason: str
+    message: str
+
+
+def verdict(policy: CompiledPolicy, refusals: list[str]) -> Verdict | None:
+    """The verdict on a policy; None for one that the node proxies are not concerned with."""
+    if policy.authorization is None and not policy.findings:
+        return None
+    if refusals:
+        return Verdict(False, "Rejected", "refused by " + "; ".join(sorted(refusals)))
+    if policy.findings:
+        found = "; ".join(f"{finding.path}: {finding.message}" for finding in policy.findings)
+        return Verdict(False, "UnsupportedValue", f"{found}. {_consequence(policy)}")
+    return Verdict(True, "Accepted", "attached to ztunnel")
+
+
+def _consequence(policy: CompiledPolicy) -> str:
+    if policy.authorization is None:
+        return "The policy has no effect at the node proxy; use a waypoint and targetRefs."
+    if policy.authorization.action:
+        return "The rest of each such rule denies by itself, which denies more; use a waypoint and targetRefs."
+    return "Each such rule allows nothing; use a waypoint and targetRefs."
+
+
+def conditions(obj: Object, wanted: Verdict | None, now: datetime.datetime) -> list[Object] | None:
+    """The object's conditions with ours among them; None when they say so already."""
+    present: list[Object] = (obj.get("status") or {}).get("conditions") or []
+    others = [condition for condition in present if condition.get("type") != CONDITION]
+    ours = next((condition for condition in present if condition.get("type") == CONDITION), None)
+    if wanted is None:
+        return None if ours is None else others
+    status, generation = "True" if wanted.accepted else "False", obj["metadata"].get("generation", 1)
+    fresh = {
+        "type": CONDITION,
+        "status": status,
+        "reason": wanted.reason,
+        "message": wanted.message,
+        "observedGeneration": generation,
+        "lastTransitionTime": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+    if ours is not None and ours.get("status") == status:
+        fresh["lastTransitionTime"] = ours.get("lastTransitionTime", fresh["lastTransitionTime"])
+    return None if fresh == ours else [*others, fresh]
+
+
+class PolicyStatus:
+    """Keeps the condition of every AuthorizationPolicy true."""
+
+    def __init__(self, client: Client, policies: Cache, discovery: Discovery) -> None:
+        self._client, self._policies, self._discovery = client, policies, discovery
+        self._due: asyncio.Queue[ObjectKey] = asyncio.Queue()
+        self._queued: set[ObjectKey] = set()
+        self._refusals: dict[ObjectKey, dict[Connection, str]] = {}
+        policies.on_change(self._changed)
+        discovery.on_verdict(self._refused)
+
+    def _changed(self, old: Object | None, new: Object | None) -> None:
+        key = ObjectKey.of(new or old or {})
+        if old is None or new is None or old.get("spec") != new.get("spec"):
+            self._refusals.pop(key, None)  # of what it said before
+        self._add(key)
+
+    def _refused(self, connection: Connection, rejection: Rejection | None) -> None:
+        if rejection is None:
+            for key in [key for key, by in self._refusals.items() if by.pop(connection, None)]:
+                self._add(key)
+        elif rejection.type_url == AUTHORIZATION_TYPE:
+            # Proxies name the resource in their message; where none is named, all that was sent is suspect.
+            named = [name for name in rejection.names if name in rejection.message] or rejection.names
+            for name in named:
+                key = ObjectKey(*name.split("/", 1))
+                said = f"{connection.session.proxy.name}: {rejection.message}"
+                self._refusals.setdefault(key, {})[connection] = said
+                self._add(key)
+
+    def _add(self, key: ObjectKey) -> None:
+        if key not in self._queued:
+            self._queued.add(key)
+            self._due.put_nowait(key)
+
+    async def run(self) -> None:
+        """Work until cancelled; begins once all policies are known."""
+        await self._discovery.synced.wait()
+        for namespace, name in self._policies.objects:
+            self._add(ObjectKey(namespace, name))
+        while True:
+            key = await self._due.get()
+            self._queued.discard(key)
+            try:
+                await self._write(key)
+            except (ApiError, ApiUnreachable) as error:
+                log.warn("status not written", policy=key, error=str(error), retry_after=_RETRY_SECONDS)
+                asyncio.get_running_loop().call_later(_RETRY_SECONDS, self._add, key)
+
+    async def _write(self, key: ObjectKey) -> None:
+        obj = self._policies.get(key.name, key.namespace)
+        policy = self._discovery.index.policies.outcome(key)
+        if obj is None or policy is None:
+            return
+        wanted = verdict(policy, list(self._refusals.get(key, {}).values()))
+        fresh = conditions(obj, wanted, datetime.datetime.now(datetime.UTC))
+        if fresh is None:
+            return
+        patch = {"status": {"conditions": fresh}}
+        try:
+            await self._client.patch(
+                AUTHORIZATION_POLICIES, key.name, patch, key.namespace, subresource="status"
+            )
+        except ApiError as error:
+            if error.code != 404:  # deleted meanwhile
+                raise
