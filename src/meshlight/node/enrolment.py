@@ -164,20 +164,26 @@ class Enrolment:
         self._node = node
         self._zds = ZdsServer(uds, self._answered, self._connection_changed)
         self._namespaces = Cache(client, NAMESPACES)
-        self._own = Cache(client, PODS, field_selector=f"spec.nodeName={node}")
-        self._namespaces.on_change(self._namespace_changed)
-        self._own.on_change(self._pod_changed)
         self._pods: dict[str, _Pod] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._turns = asyncio.Semaphore(_CONCURRENT)
 
     async def run(self) -> None:
-        """Keep pods where they belong until cancelled. Raises ApiError when the API refuses us."""
+        """Keep pods where they belong until cancelled; may be run again after it failed.
+
+        Raises ApiError when the API refuses us, OSError when the socket cannot be made.
+        """
+        self._tasks = None
+        self._pods.clear()
+        self._namespaces = Cache(self._client, NAMESPACES)
+        self._namespaces.on_change(self._namespace_changed)
+        own = Cache(self._client, PODS, field_selector=f"spec.nodeName={self._node}")
+        own.on_change(self._pod_changed)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._namespaces.run())
-            tasks.create_task(self._own.run())
+            tasks.create_task(own.run())
             await self._namespaces.synced.wait()
-            await self._own.synced.wait()
+            await own.synced.wait()
             await self._recover()
             # ztunnel forgets what a snapshot does not name: it must not connect before we know all.
             self._tasks = tasks
