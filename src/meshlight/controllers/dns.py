@@ -12,6 +12,7 @@ import contextlib
 import signal
 import struct
 from collections.abc import Callable
+from typing import cast
 
 import dnslib
 import uvloop
@@ -82,8 +83,7 @@ class _Udp(asyncio.DatagramProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The socket is open."""
-        assert isinstance(transport, asyncio.DatagramTransport)
-        self._transport = transport
+        self._transport = cast(asyncio.DatagramTransport, transport)  # uvloop's is not a subclass
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
         """One query."""

@@ -336,7 +336,7 @@ class PodWorker:
                 return
             with contextlib.suppress(SandboxError):
                 await self._pre_stop(name, float(grace))
-                await sandbox.signal(name, signal.SIGTERM)
+                await sandbox.signal(name, int(signal.SIGTERM))
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(sandbox.ended(name), float(grace))
                 if sandbox.running(name):
