@@ -257,7 +257,7 @@ class Sandbox:
 
     async def signal(self, name: str, number: int) -> None:
         """Send a signal to a container's program."""
-        await self._ask("signal", name=name, signal=number)
+        await self._ask("signal", name=name, signal=int(number))  # an enum cannot be marshalled
 
     async def kill(self, name: str) -> None:
         """End every process of a container."""
