@@ -1,6 +1,262 @@
-//! The node proxy. Not built yet: the crate holds its place in the wheel, and says so.
+//! The node proxy of an Istio ambient mesh. It serves the pods of one node from outside of them:
+//! sockets inside each pod's network namespace, one process on the node. This file wires the
+//! parts together; each part explains itself in its own module.
+//!
+//! Two runtimes: traffic has its own threads, so that discovery, certificates and the admin ports
+//! stay responsive when traffic is heavy, and the other way round.
+#![deny(unsafe_code, unsafe_op_in_unsafe_fn)]
 
-fn main() {
-    eprintln!("meshlight-ztunnel: the node proxy is not built yet");
-    std::process::exit(1);
+mod access_log;
+mod admin;
+mod backoff;
+mod config;
+mod grpc;
+mod http_server;
+mod identity;
+mod inpod;
+mod metrics;
+mod proto;
+mod proxy;
+mod proxy_protocol;
+mod rbac;
+mod state;
+mod sys;
+mod xds;
+
+use std::{
+    error::Error,
+    io::{self, IsTerminal},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    process::ExitCode,
+    sync::Arc,
+    thread,
+    time::Duration,
+};
+
+use nix::sys::resource::{getrlimit, setrlimit, Resource};
+use tokio::{
+    net::TcpListener,
+    runtime::{Builder, Handle, Runtime},
+    signal::unix::{signal, SignalKind},
+    time::timeout,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::{info, warn};
+use tracing_subscriber::EnvFilter;
+
+use access_log::AccessLog;
+use config::{Config, XdsSource};
+use identity::{authority::Authority, store::CertificateStore};
+use inpod::PodManager;
+use metrics::Metrics;
+use proxy::{pool::Pool, ProxyContext};
+use state::shared::SharedState;
+use xds::client::DiscoveryClient;
+
+const USAGE: &str = "\
+meshlight-ztunnel: the node proxy of an ambient mesh
+
+Takes no arguments; is configured by environment variables named as Istio's ztunnel
+names them (XDS_ADDRESS, CA_ADDRESS, XDS_ROOT_CA, CA_ROOT_CA, INPOD_UDS, NODE_NAME,
+POD_NAME, POD_NAMESPACE, CLUSTER_ID, TRUST_DOMAIN, ...).
+
+  --version   print the version
+  --help      print this";
+
+const POOL_SWEEP: Duration = Duration::from_secs(10);
+
+type AnyError = Box<dyn Error + Send + Sync>;
+
+fn main() -> ExitCode {
+    match std::env::args().nth(1).as_deref() {
+        None => {}
+        Some("--version" | "version") => {
+            println!("meshlight-ztunnel {}", env!("CARGO_PKG_VERSION"));
+            return ExitCode::SUCCESS;
+        }
+        Some("--help" | "-h") => {
+            println!("{USAGE}");
+            return ExitCode::SUCCESS;
+        }
+        // How Istio's image starts its proxy.
+        Some("proxy") => {}
+        Some(other) => {
+            eprintln!("meshlight-ztunnel: unknown argument {other}\n\n{USAGE}");
+            return ExitCode::from(2);
+        }
+    }
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(error = %error, "cannot run");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), AnyError> {
+    start_logging();
+    inpod::netns::remember_home()?;
+    raise_descriptor_limit();
+    let config = Config::from_environment()?;
+    let control = Builder::new_current_thread().enable_all().build()?;
+    let traffic = Builder::new_multi_thread()
+        .worker_threads(config.worker_threads)
+        .thread_name("traffic")
+        .enable_all()
+        .build()?;
+
+    let state = Arc::new(SharedState::default());
+    let metrics = Arc::new(Metrics::default());
+    let authority = Authority::new(&config)?;
+    let certificates = Arc::new(CertificateStore::new(authority, control.handle().clone()));
+    let pool = Pool::new(
+        certificates.clone(),
+        config.pool_max_streams,
+        config.pool_idle,
+    );
+    let context = Arc::new(ProxyContext {
+        access_log: AccessLog::to_stdout(metrics.log_lines_lost.clone())?,
+        state,
+        certificates,
+        metrics,
+        pool,
+        connections: TaskTracker::new(),
+        config,
+    });
+    let quit = CancellationToken::new();
+    run_control(control, &context, quit.clone())?;
+    traffic.block_on(serve(context, quit))
+}
+
+/// Starts what is not traffic, on a thread of its own.
+fn run_control(
+    runtime: Runtime,
+    context: &Arc<ProxyContext>,
+    quit: CancellationToken,
+) -> Result<(), AnyError> {
+    let config = &context.config;
+    let handle: &Handle = runtime.handle();
+    match &config.xds {
+        XdsSource::File(path) => {
+            let (path, domain) = (path.clone(), config.trust_domain.clone());
+            handle.spawn(xds::file::follow(path, domain, context.state.clone()));
+        }
+        XdsSource::Remote { address, root } => {
+            let endpoint = grpc::Endpoint::new(address, root)?;
+            let (state, metrics) = (context.state.clone(), context.metrics.clone());
+            handle.spawn(DiscoveryClient::new(endpoint, config, state, metrics).run());
+        }
+    }
+    let (admin, metrics) = runtime.block_on(async {
+        Ok::<_, AnyError>((
+            listen(Ipv4Addr::LOCALHOST.into(), config.admin_port).await?,
+            listen(Ipv4Addr::UNSPECIFIED.into(), config.metrics_port).await?,
+        ))
+    })?;
+    handle.spawn(http_server::serve(
+        admin,
+        admin::handler(context.clone(), quit),
+    ));
+    handle.spawn(http_server::serve(
+        metrics,
+        admin::metrics_handler(context.clone()),
+    ));
+    thread::Builder::new()
+        .name("control".to_owned())
+        .spawn(move || runtime.block_on(std::future::pending::<()>()))?;
+    Ok(())
+}
+
+/// Serves pods until told to stop, then lets connections finish for a while.
+async fn serve(context: Arc<ProxyContext>, quit: CancellationToken) -> Result<(), AnyError> {
+    let config = &context.config;
+    let readiness = listen(Ipv4Addr::UNSPECIFIED.into(), config.readiness_port).await?;
+    let (pods, pods_served) = PodManager::new(context.clone());
+    tokio::spawn(http_server::serve(
+        readiness,
+        admin::readiness_handler(context.state.synchronized(), pods_served),
+    ));
+    tokio::spawn(sweep_pool(context.clone()));
+    info!(
+        version = env!("CARGO_PKG_VERSION"),
+        node = config.node_name,
+        threads = config.worker_threads,
+        "running"
+    );
+
+    let (mut terminate, mut interrupt) = (
+        signal(SignalKind::terminate())?,
+        signal(SignalKind::interrupt())?,
+    );
+    let stop = CancellationToken::new();
+    let serving = tokio::spawn({
+        let (mut synchronized, stop) = (context.state.synchronized(), stop.clone());
+        async move {
+            // A pod served before its policies are known would be served without them.
+            let known = async { synchronized.wait_for(|known| *known).await.is_ok() };
+            if stop.run_until_cancelled(known).await == Some(true) {
+                pods.run(stop).await;
+            }
+        }
+    });
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+        () = quit.cancelled() => {}
+    }
+    info!(
+        grace_ms = config.termination_grace.as_millis() as u64,
+        "draining"
+    );
+    stop.cancel();
+    context.connections.close();
+    let drained = async {
+        let _ = serving.await;
+        // Idle pooled connections of peers and ours end here; tunnels end by themselves.
+        tokio::join!(context.pool.close(), context.connections.wait());
+    };
+    match timeout(config.termination_grace, drained).await {
+        Ok(()) => info!("drained"),
+        Err(_) => warn!(
+            connections = context.connections.len(),
+            "connections cut after the grace period"
+        ),
+    }
+    Ok(())
+}
+
+async fn sweep_pool(context: Arc<ProxyContext>) {
+    loop {
+        tokio::time::sleep(POOL_SWEEP).await;
+        context.pool.release_idle();
+    }
+}
+
+async fn listen(address: IpAddr, port: u16) -> Result<TcpListener, AnyError> {
+    let address = SocketAddr::new(address, port);
+    TcpListener::bind(address)
+        .await
+        .map_err(|error| format!("listening on {address}: {error}").into())
+}
+
+fn start_logging() {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr);
+    if io::stderr().is_terminal() {
+        builder.init();
+    } else {
+        builder.json().flatten_event(true).init();
+    }
+}
+
+/// Every connection takes two descriptors; the usual soft limit of 1024 is a few hundred of them.
+fn raise_descriptor_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        warn!(error = %error, "descriptor limit stays");
+    }
 }

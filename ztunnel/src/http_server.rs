@@ -1,0 +1,80 @@
+//! As much of HTTP/1.1 as probes, scrapes and an operator's curl need: one request a connection,
+//! no bodies in.
+
+use std::{io, sync::Arc, time::Duration};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    time::timeout,
+};
+
+const LARGEST_REQUEST: usize = 16 << 10;
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// An answer.
+#[derive(Debug)]
+pub struct Response {
+    pub status: &'static str,
+    pub content_type: &'static str,
+    pub body: String,
+}
+
+impl Response {
+    pub fn text(status: &'static str, body: impl Into<String>) -> Self {
+        Self {
+            status,
+            content_type: "text/plain; charset=utf-8",
+            body: body.into(),
+        }
+    }
+}
+
+/// Answers requests on `listener` for the life of the process. The handler takes method and
+/// path, without query.
+pub async fn serve(
+    listener: TcpListener,
+    handle: impl Fn(&str, &str) -> Response + Send + Sync + 'static,
+) {
+    let handle = Arc::new(handle);
+    loop {
+        match listener.accept().await {
+            Ok((tcp, _)) => {
+                let handle = handle.clone();
+                tokio::spawn(async move {
+                    // A client that goes away early needs no answer.
+                    let _ = timeout(REQUEST_TIMEOUT, answer(tcp, &*handle)).await;
+                });
+            }
+            Err(error) => {
+                tracing::warn!(error = %error, "no connection accepted");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+    }
+}
+
+async fn answer(mut tcp: TcpStream, handle: &impl Fn(&str, &str) -> Response) -> io::Result<()> {
+    let mut request = Vec::with_capacity(1024);
+    while !request.windows(4).any(|window| window == b"\r\n\r\n") {
+        if request.len() > LARGEST_REQUEST || tcp.read_buf(&mut request).await? == 0 {
+            return Ok(());
+        }
+    }
+    let head = String::from_utf8_lossy(&request);
+    let mut words = head.split_ascii_whitespace();
+    let (method, target) = (words.next().unwrap_or(""), words.next().unwrap_or(""));
+    let path = target.split('?').next().unwrap_or("");
+    let response = handle(method, path);
+    let mut message = format!(
+        "HTTP/1.1 {}\r\ncontent-type: {}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
+        response.status,
+        response.content_type,
+        response.body.len()
+    );
+    if method != "HEAD" {
+        message.push_str(&response.body);
+    }
+    tcp.write_all(message.as_bytes()).await?;
+    tcp.shutdown().await
+}

@@ -1,0 +1,314 @@
+//! Tunnels that other proxies open to a pod. TLS tells who is there, each HTTP/2 CONNECT where to;
+//! a tunnel may only end in the pod itself, or, in a waypoint's pod, at what the waypoint stands
+//! for, which is handed over with a PROXY protocol header.
+
+use std::{
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use h2::{
+    server::{self, SendResponse},
+    RecvStream,
+};
+use http::{Method, Request, Response, StatusCode};
+use thiserror::Error;
+use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
+use tokio_rustls::{server::TlsStream, TlsAcceptor};
+use tokio_util::sync::CancellationToken;
+use tracing::debug;
+
+use super::{
+    copy,
+    observation::{Observation, Parties},
+    pool::TLS_WRITE_BUFFER,
+    read_ahead::ReadAhead,
+    refusal,
+    stream::{
+        Chunk, Tunnel, CONNECTION_WINDOW, MAX_FRAME, MAX_HEADERS, MAX_PENDING_RESETS, SEND_BUFFER,
+        STREAM_WINDOW,
+    },
+    Pod, ProxyContext,
+};
+use crate::{
+    identity::{certificate::peer_identity, Identity},
+    metrics::{Reporter, ResponseFlags},
+    proxy_protocol,
+    rbac::Connection,
+    state::{
+        inbound::{Arrival, Authority},
+        workload::Workload,
+    },
+};
+
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Tunnels one connection may have open. More than clients of this kind ask for.
+const MAX_STREAMS: u32 = 1000;
+
+/// One authenticated connection of another proxy.
+struct Peer {
+    context: Arc<ProxyContext>,
+    pod: Arc<Pod>,
+    address: SocketAddr,
+    local: SocketAddr,
+    identity: Identity,
+}
+
+/// Why a connection was closed before its first tunnel.
+#[derive(Debug, Error)]
+enum Unusable {
+    #[error(transparent)]
+    NoCertificate(#[from] crate::identity::store::NoCertificate),
+    #[error("TLS: {0}")]
+    Tls(io::Error),
+    #[error("client certificate: {0}")]
+    Certificate(#[from] crate::identity::certificate::CertificateError),
+    #[error("HTTP/2: {0}")]
+    Http2(#[from] h2::Error),
+}
+
+/// Serves one connection until its last tunnel has ended. After `stop` it takes no new ones.
+pub async fn serve(
+    context: Arc<ProxyContext>,
+    pod: Arc<Pod>,
+    tcp: TcpStream,
+    address: SocketAddr,
+    stop: CancellationToken,
+) {
+    match accept(context, pod, tcp, address).await {
+        Ok((peer, connection)) => {
+            let peer = Arc::new(peer);
+            if let Err(error) = drive(&peer, connection, &stop).await {
+                debug!(peer = %peer.address, identity = %peer.identity, error = %error,
+                    "tunnel connection ended");
+            }
+        }
+        Err(error) => {
+            tracing::info!(peer = %address, error = %error, "tunnel connection refused");
+        }
+    }
+}
+
+type Server = server::Connection<TlsStream<ReadAhead>, Chunk>;
+
+async fn accept(
+    context: Arc<ProxyContext>,
+    pod: Arc<Pod>,
+    tcp: TcpStream,
+    address: SocketAddr,
+) -> Result<(Peer, Server), Unusable> {
+    let local = tcp.local_addr().map_err(Unusable::Tls)?;
+    let certificate = context.certificates.get(&pod.identity).await?;
+    let handshake = TlsAcceptor::from(certificate.server.clone()).accept(ReadAhead::new(tcp));
+    let mut tls = timeout(HANDSHAKE_TIMEOUT, handshake)
+        .await
+        .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+        .map_err(Unusable::Tls)?;
+    let session = tls.get_mut().1;
+    session.set_buffer_limit(Some(TLS_WRITE_BUFFER));
+    let leaf = session
+        .peer_certificates()
+        .and_then(<[_]>::first)
+        .ok_or_else(|| Unusable::Tls(io::ErrorKind::InvalidData.into()))?;
+    let identity = peer_identity(leaf)?;
+    let connection = server::Builder::new()
+        .initial_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(MAX_FRAME)
+        .max_send_buffer_size(SEND_BUFFER)
+        .max_header_list_size(MAX_HEADERS)
+        .max_concurrent_streams(MAX_STREAMS)
+        .max_pending_accept_reset_streams(MAX_PENDING_RESETS)
+        .handshake(tls)
+        .await?;
+    let peer = Peer {
+        context,
+        pod,
+        address,
+        local: super::sockets::canonical(local),
+        identity,
+    };
+    Ok((peer, connection))
+}
+
+async fn drive(
+    peer: &Arc<Peer>,
+    mut connection: Server,
+    stop: &CancellationToken,
+) -> Result<(), h2::Error> {
+    let mut stopping = false;
+    loop {
+        let accepted = tokio::select! {
+            accepted = connection.accept() => accepted,
+            () = stop.cancelled(), if !stopping => {
+                stopping = true;
+                connection.graceful_shutdown();
+                continue;
+            }
+        };
+        match accepted {
+            Some(Ok((request, respond))) => {
+                let peer = peer.clone();
+                let connections = peer.context.connections.clone();
+                connections.spawn(async move { peer.tunnel(request, respond).await });
+            }
+            Some(Err(error)) => return Err(error),
+            None => return Ok(()),
+        }
+    }
+}
+
+impl Peer {
+    async fn tunnel(&self, request: Request<RecvStream>, mut respond: SendResponse<Chunk>) {
+        let started = Instant::now();
+        let (head, receive) = request.into_parts();
+        let authority = match head.uri.authority() {
+            Some(authority) if head.method == Method::CONNECT => authority.as_str().to_owned(),
+            _ => {
+                debug!(peer = %self.address, method = %head.method, "only CONNECT is served");
+                return answer(&mut respond, StatusCode::BAD_REQUEST);
+            }
+        };
+        let workload = self
+            .context
+            .workload_of_destination(&self.pod, self.local.ip())
+            .await;
+        let arrival = Authority::parse(&authority).and_then(|parsed| {
+            self.context.state.read().arrival(
+                &self.context.config.network,
+                workload.as_deref(),
+                self.local.ip(),
+                &parsed,
+            )
+        });
+        let observation = self.observe(
+            &authority,
+            workload.as_ref(),
+            arrival.as_ref().ok(),
+            started,
+        );
+        let arrival = match arrival {
+            Ok(arrival) => arrival,
+            Err(error) => {
+                answer(&mut respond, StatusCode::BAD_REQUEST);
+                return observation.fail(ResponseFlags::ConnectionFailure, error);
+            }
+        };
+        let Some(workload) = workload else {
+            answer(&mut respond, StatusCode::SERVICE_UNAVAILABLE);
+            return observation.fail(
+                ResponseFlags::ConnectionFailure,
+                "the pod is not known to the control plane yet",
+            );
+        };
+        let connection = Connection {
+            source: self.address.ip(),
+            identity: Some(self.identity.clone()),
+            destination: arrival.destination,
+        };
+        let changes = self.context.state.policies_changed();
+        if let Some(reason) = refusal(&self.context.authorize(&workload, &connection)) {
+            answer(&mut respond, StatusCode::UNAUTHORIZED);
+            return observation.fail(
+                ResponseFlags::PolicyDenied,
+                format_args!("connection closed due to policy rejection: {reason}"),
+            );
+        }
+        let application = match self.connect(&arrival).await {
+            Ok(application) => application,
+            Err(error) => {
+                answer(&mut respond, StatusCode::SERVICE_UNAVAILABLE);
+                return observation.fail(
+                    ResponseFlags::ConnectionFailure,
+                    format_args!("connecting to the application: {error}"),
+                );
+            }
+        };
+        match respond.send_response(Response::new(()), false) {
+            Ok(send) => {
+                let revoked = self
+                    .context
+                    .no_longer_allowed(changes, &workload, &connection);
+                let result = copy::tunnel(
+                    application,
+                    Tunnel::new(send, receive),
+                    &observation.traffic.sent,
+                    &observation.traffic.received,
+                    revoked,
+                )
+                .await;
+                observation.finish(result);
+            }
+            Err(error) => {
+                copy::refuse_tcp(&application);
+                observation.fail(ResponseFlags::ConnectionFailure, error);
+            }
+        }
+    }
+
+    async fn connect(&self, arrival: &Arrival) -> io::Result<TcpStream> {
+        let mut application = match arrival.proxy_protocol {
+            None => {
+                self.pod
+                    .sockets
+                    .connect_as(self.address.ip(), arrival.connect)
+                    .await?
+            }
+            Some(_) => self.pod.sockets.connect(arrival.connect).await?,
+        };
+        if let Some(hostname) = &arrival.proxy_protocol {
+            let header = proxy_protocol::header(
+                self.address,
+                arrival.destination,
+                &self.identity,
+                hostname.as_deref(),
+            );
+            application.write_all(&header).await?;
+        }
+        Ok(application)
+    }
+
+    fn observe<'a>(
+        &'a self,
+        authority: &str,
+        workload: Option<&Arc<Workload>>,
+        arrival: Option<&Arrival>,
+        started: Instant,
+    ) -> Observation<'a> {
+        let destination = arrival.map_or(self.local, |arrival| arrival.destination);
+        let source = {
+            let state = self.context.state.read();
+            let at = state.workload_at(&self.context.config.network, self.address.ip());
+            // An address says who a peer was last time it was written down; the certificate says
+            // who it is.
+            at.filter(|workload| workload.identity() == self.identity)
+                .cloned()
+        };
+        Observation::start(
+            &self.context,
+            Parties {
+                reporter: Reporter::Destination,
+                source_address: self.address,
+                source,
+                source_identity: Some(self.identity.clone()),
+                destination_address: self.local,
+                hbone_address: Some(authority.to_owned()),
+                service: workload
+                    .and_then(|workload| self.context.service_of(workload, destination.port())),
+                destination: workload.cloned(),
+                destination_identity: Some(self.pod.identity.clone()),
+            },
+            started,
+        )
+    }
+}
+
+fn answer(respond: &mut SendResponse<Chunk>, status: StatusCode) {
+    let mut response = Response::new(());
+    *response.status_mut() = status;
+    if let Err(error) = respond.send_response(response, true) {
+        debug!(error = %error, "answer not sent");
+    }
+}

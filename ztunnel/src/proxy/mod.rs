@@ -1,0 +1,256 @@
+//! The data path. In every pod it serves, the proxy listens for three kinds of connections, each
+//! with a module of its own: what the pod opens (`outbound`), what other proxies tunnel to it
+//! (`inbound`), and what comes to it plain (`plaintext`).
+
+pub mod copy;
+mod inbound;
+mod observation;
+mod outbound;
+mod plaintext;
+pub mod pool;
+mod read_ahead;
+pub mod sockets;
+mod stream;
+
+use std::{
+    future::Future,
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::watch,
+    time::{sleep, timeout},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::{debug, warn};
+
+use crate::{
+    access_log::AccessLog,
+    config::{Config, INBOUND_HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT},
+    identity::{store::CertificateStore, Identity},
+    metrics::Metrics,
+    rbac::{self, Connection, Decision},
+    state::{service::Service, shared::SharedState, workload::Workload},
+};
+use pool::Pool;
+use sockets::PodSockets;
+
+/// Ports of the proxy in a pod; connections to them through the proxy would go in circles.
+const OWN_PORTS: [u16; 3] = [OUTBOUND_PORT, INBOUND_PLAINTEXT_PORT, INBOUND_HBONE_PORT];
+/// How long a pod may be unknown to discovery after the node agent told of it.
+const WORKLOAD_WAIT: Duration = Duration::from_secs(5);
+/// Pause when the process has no file descriptors left.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// What all connections share.
+pub struct ProxyContext {
+    pub config: Config,
+    pub state: Arc<SharedState>,
+    pub certificates: Arc<CertificateStore>,
+    pub metrics: Arc<Metrics>,
+    pub access_log: AccessLog,
+    pub pool: Pool,
+    /// Every connection being served.
+    pub connections: TaskTracker,
+}
+
+/// A pod as the node agent described it.
+pub struct Pod {
+    pub uid: Arc<str>,
+    pub name: String,
+    pub namespace: Arc<str>,
+    pub identity: Identity,
+    /// Its name in discovery.
+    pub workload_uid: String,
+    pub sockets: PodSockets,
+}
+
+/// The listeners of one pod; dropping it closes them and lets connections go on.
+pub struct PodProxy {
+    pub pod: Arc<Pod>,
+    stop: CancellationToken,
+    listeners: TaskTracker,
+}
+
+impl PodProxy {
+    /// Opens the listeners; when this returns, the pod's connections may be redirected.
+    pub fn start(context: &Arc<ProxyContext>, pod: Pod) -> io::Result<Self> {
+        let pod = Arc::new(pod);
+        let open = |port| {
+            let listener = pod.sockets.listen(port);
+            listener.map_err(|error| io::Error::new(error.kind(), format!("port {port}: {error}")))
+        };
+        let (outbound, plaintext, hbone) = (
+            open(OUTBOUND_PORT)?,
+            open(INBOUND_PLAINTEXT_PORT)?,
+            open(INBOUND_HBONE_PORT)?,
+        );
+        context.certificates.prefetch(&pod.identity);
+
+        let stop = CancellationToken::new();
+        let listeners = TaskTracker::new();
+        let shared = || (context.clone(), pod.clone());
+        listeners.spawn(accept(outbound, context.clone(), stop.clone(), {
+            let (context, pod) = shared();
+            move |tcp, peer| outbound::serve(context.clone(), pod.clone(), tcp, peer)
+        }));
+        listeners.spawn(accept(plaintext, context.clone(), stop.clone(), {
+            let (context, pod) = shared();
+            move |tcp, peer| plaintext::serve(context.clone(), pod.clone(), tcp, peer)
+        }));
+        listeners.spawn(accept(hbone, context.clone(), stop.clone(), {
+            let ((context, pod), stop) = (shared(), stop.clone());
+            move |tcp, peer| inbound::serve(context.clone(), pod.clone(), tcp, peer, stop.clone())
+        }));
+        listeners.close();
+        Ok(Self {
+            pod,
+            stop,
+            listeners,
+        })
+    }
+
+    /// Closes the listeners, returning once nothing listens any more. Tunnels and connections go
+    /// on until they end by themselves.
+    pub async fn close(self, context: &ProxyContext) {
+        self.stop.cancel();
+        self.listeners.wait().await;
+        context.pool.forget(&self.pod.uid);
+    }
+}
+
+/// Accepts until stopped, then whatever the kernel had accepted already.
+async fn accept<F>(
+    listener: TcpListener,
+    context: Arc<ProxyContext>,
+    stop: CancellationToken,
+    serve: impl Fn(TcpStream, SocketAddr) -> F,
+) where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let take = |tcp: TcpStream, peer| match sockets::prepare(&tcp) {
+        Ok(()) => {
+            context
+                .connections
+                .spawn(serve(tcp, sockets::canonical(peer)));
+        }
+        Err(error) => debug!(error = %error, "connection ended before it was served"),
+    };
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((tcp, peer)) => take(tcp, peer),
+                Err(error) => {
+                    warn!(error = %error, "no connection accepted");
+                    sleep(ACCEPT_PAUSE).await;
+                }
+            },
+            () = stop.cancelled() => break,
+        }
+    }
+    let Ok(listener) = listener.into_std() else {
+        return;
+    };
+    while let Ok((tcp, peer)) = listener.accept() {
+        if let Ok(tcp) = tcp
+            .set_nonblocking(true)
+            .and_then(|()| TcpStream::from_std(tcp))
+        {
+            take(tcp, peer);
+        }
+    }
+}
+
+impl ProxyContext {
+    /// The pod's own entry in discovery, if it is there yet.
+    fn workload_of(&self, pod: &Pod, address: IpAddr) -> Option<Arc<Workload>> {
+        let state = self.state.read();
+        state
+            .workload(&pod.workload_uid)
+            .or_else(|| {
+                state
+                    .workload_at(&self.config.network, address)
+                    .filter(|workload| {
+                        workload.namespace == pod.namespace && *workload.name == *pod.name
+                    })
+            })
+            .cloned()
+    }
+
+    /// The pod's own entry, waiting a little for discovery to tell of a new pod: without it nobody
+    /// knows which policies govern it.
+    async fn workload_of_destination(&self, pod: &Pod, address: IpAddr) -> Option<Arc<Workload>> {
+        if let Some(workload) = self.workload_of(pod, address) {
+            return Some(workload);
+        }
+        let mut changes = self.state.changes();
+        let appears = async {
+            loop {
+                if let Some(workload) = self.workload_of(pod, address) {
+                    return Some(workload);
+                }
+                changes.changed().await.ok()?;
+            }
+        };
+        timeout(WORKLOAD_WAIT, appears).await.ok().flatten()
+    }
+
+    /// Judges a connection to `workload` by the policies of this moment.
+    fn authorize(&self, workload: &Workload, connection: &Connection) -> Decision {
+        let workload = {
+            let state = self.state.read();
+            // Selections change with the workload, so look at its latest form.
+            let latest = state.workload(&workload.uid);
+            state.policies_of(latest.map_or(workload, AsRef::as_ref), |key| {
+                warn!(policy = key, workload = %workload.uid, "a policy that selects the workload is not known");
+            })
+        };
+        rbac::decide(&workload, connection, |policy| {
+            tracing::info!(policy = policy.key(), source = %connection.source,
+                destination = %connection.destination, action = ?policy.action,
+                "dry-run policy matches");
+        })
+    }
+
+    /// Returns, with the reason, when changes make the connection one that is not allowed.
+    async fn no_longer_allowed(
+        &self,
+        mut changes: watch::Receiver<u64>,
+        workload: &Workload,
+        connection: &Connection,
+    ) -> String {
+        while changes.changed().await.is_ok() {
+            if let Some(reason) = refusal(&self.authorize(workload, connection)) {
+                return format!("connection closed due to policy change: {reason}");
+            }
+        }
+        std::future::pending().await
+    }
+
+    /// The service a destination most likely serves on a port, for metrics.
+    fn service_of(&self, workload: &Workload, port: u16) -> Option<Arc<Service>> {
+        let key = workload
+            .services
+            .iter()
+            .filter(|(_, ports)| ports.values().any(|target| *target == port))
+            .map(|(key, _)| key)
+            .min()?;
+        self.state.read().service(key).cloned()
+    }
+}
+
+/// Why a decision refuses, in words; `None` if it does not.
+fn refusal(decision: &Decision) -> Option<String> {
+    match decision {
+        Decision::Allowed => None,
+        Decision::DeniedBy(policy) => Some(format!("explicitly denied by: {policy}")),
+        Decision::NotAllowedBy(policies) => Some(format!(
+            "allow policies exist, but none allowed: {}",
+            policies.join(", ")
+        )),
+    }
+}
