@@ -93,7 +93,7 @@ class Cluster:
 
     def apply(self, *objects: dict[str, Any]) -> None:
         """`kubectl apply -f -` of the objects."""
-        self.kubectl("apply", "-f", "-", stdin="\n---\n".join(json.dumps(o) for o in objects))
+        self.kubectl("apply", "-f", "-", stdin="\n".join(json.dumps(o) for o in objects))
 
     def inside(self, *command: str, netns: str | None = None) -> list[str]:
         """The command line that runs `command` inside the cluster (in a node's or pod's netns)."""

@@ -59,6 +59,19 @@ def decoded(kind: str, obj: Object, version: str = "v1") -> tuple[Object, list[s
     return obj, decoding.decode(obj, schema, kind=kind, version=version.rpartition("/")[2])
 
 
+def test_empty_maps_and_lists_are_dropped_but_not_empty_structs() -> None:
+    volume = {"name": "v", "emptyDir": {}}
+    obj, unknown = decoded(
+        "Pod",
+        {
+            "metadata": {"labels": {}, "ownerReferences": []},
+            "spec": {"containers": [], "volumes": [volume], "nodeSelector": {}, "hostNetwork": False},
+        },
+    )
+    assert unknown == []
+    assert obj == {"metadata": {}, "spec": {"containers": [], "volumes": [volume], "hostNetwork": False}}
+
+
 def test_undeclared_fields_and_nulls_are_dropped() -> None:
     obj, unknown = decoded(
         "Pod",

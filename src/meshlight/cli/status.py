@@ -29,6 +29,8 @@ def status(name: str, output: str) -> None:
         click.echo(yaml.safe_dump(found, sort_keys=False), nl=False)
         return
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=240)  # a file has no edge to wrap at
     if not found["running"]:
         console.print(f"{name} is not running; `meshlight up` boots it")
         return
