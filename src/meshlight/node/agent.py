@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import platform
 import signal
@@ -19,6 +20,7 @@ from meshlight import __version__
 from meshlight.kube.client import ApiError, ApiUnreachable, Client
 from meshlight.kube.resources import CONFIG_MAPS, LEASES, NODES, PODS, Object
 from meshlight.node import enrolment, images, service_proxy
+from meshlight.node.containers import ContainerState
 from meshlight.node.events import Recorder, log
 from meshlight.node.kubelet_api import PORT, KubeletApi, LoggedContainer
 from meshlight.node.network import PodNetwork, node_address, pod_cidr, run_routes
@@ -282,11 +284,13 @@ class Agent:
             attempt = runs[-2 if previous else -1].attempt
             folder = self.state / "nodes" / self.node.name / "pods"
 
-            def running() -> bool:
-                return any(run.attempt == attempt and not run.finished for run in state.runs)
-
+            running = functools.partial(_running, state, attempt)
             return LoggedContainer(folder / worker.uid / container / f"{attempt}.log", running)
         return f'pods "{name}" not found on this node'
+
+
+def _running(state: ContainerState, attempt: int) -> bool:
+    return any(run.attempt == attempt and not run.finished for run in state.runs)
 
 
 async def _persist(work: Any) -> None:

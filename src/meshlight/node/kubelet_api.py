@@ -6,7 +6,6 @@ Only the API server may ask: clients present a certificate of the cluster's CA w
 from __future__ import annotations
 
 import asyncio
-import os
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -106,7 +105,7 @@ def kept(files: list[Path], options: LogOptions) -> Iterator[bytes]:
 async def stream(path: Path, options: LogOptions, running: Callable[[], bool]) -> AsyncIterator[bytes]:
     """The log as a reader wants it; when followed, until the container has ended."""
     left = options.limit
-    offset = path.stat().st_size if path.exists() else 0
+    offset = _size(path)
     for shown in kept(rotated(path), options):
         if left >= 0:
             shown, left = shown[:left], left - len(shown[:left])
@@ -118,11 +117,9 @@ async def stream(path: Path, options: LogOptions, running: Callable[[], bool]) -
     rest = b""
     while True:
         alive = running()
-        if not path.exists() or path.stat().st_size < offset:
+        if _size(path) < offset:
             offset = 0  # rotated
-        with path.open("rb") if path.exists() else open(os.devnull, "rb") as file:
-            file.seek(offset)
-            chunk = file.read(_CHUNK)
+        chunk = _read(path, offset)
         offset += len(chunk)
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
@@ -132,6 +129,18 @@ async def stream(path: Path, options: LogOptions, running: Callable[[], bool]) -
             if not alive:
                 return
             await asyncio.sleep(_FOLLOW)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _read(path: Path, offset: int) -> bytes:
+    if not path.exists():
+        return b""
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(_CHUNK)
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,7 @@ async def check(
                 code, output = await execute(list(action.get("command") or []), limit)
                 return f"exit code {code}: {output[:_BODY_SHOWN].strip()}" if code else ""
             if (action := probe.get("httpGet")) is not None:
-                return await _http(action, container, address, http)
+                return await http_get(action, container, address, http)
             if (action := probe.get("tcpSocket")) is not None:
                 port = port_number(action["port"], container)
                 _, writer = await asyncio.open_connection(action.get("host") or address, port)
@@ -101,7 +101,8 @@ async def check(
         return str(error)
 
 
-async def _http(action: Object, container: Object, address: str, http: aiohttp.ClientSession) -> str:
+async def http_get(action: Object, container: Object, address: str, http: aiohttp.ClientSession) -> str:
+    """An `httpGet` of a probe or hook; why it failed, or an empty string. Raises aiohttp.ClientError."""
     scheme = str(action.get("scheme") or "HTTP").lower()
     host = action.get("host") or address
     path = str(action.get("path") or "/")
@@ -109,7 +110,7 @@ async def _http(action: Object, container: Object, address: str, http: aiohttp.C
     url = f"{scheme}://{host}:{port_number(action['port'], container)}{slash}{path}"
     headers = {"User-Agent": "kube-probe/1.32", "Accept": "*/*", "Connection": "close"}
     headers.update({h["name"]: h["value"] for h in action.get("httpHeaders") or []})
-    tls: ssl.SSLContext | bool = False if scheme == "https" else True  # never verified, as documented
+    tls: ssl.SSLContext | bool = scheme != "https"  # never verified, as documented
     async with http.get(url, headers=headers, allow_redirects=False, ssl=tls) as response:
         if 200 <= response.status < 400:
             return ""

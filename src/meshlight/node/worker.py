@@ -58,6 +58,11 @@ class NodeContext:
         return self.logs / uid / container / f"{attempt}.log"
 
 
+def _machine_resolver() -> str:
+    path = Path("/etc/resolv.conf")
+    return path.read_text() if path.exists() else ""
+
+
 class PodWorker:
     """Runs one pod until it is gone from the API; `finished` is called then."""
 
@@ -290,12 +295,10 @@ class PodWorker:
             env = variables(pod, container, sources, self._place(), base_environment(pod, self.node.machine))
             log_path = self.node.log_path(self.uid, name, attempt)
             log_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            machine_dns = Path("/etc/resolv.conf")
-            machine_resolv = machine_dns.read_text() if machine_dns.exists() else ""
             around = Surroundings(
                 self.folder / "roots" / name / str(attempt),
                 log_path,
-                resolver.files(pod, self._address, machine_resolv),
+                resolver.files(pod, self._address, _machine_resolver()),
                 self._volumes.mounts(container, env),
                 [],
             )
