@@ -98,6 +98,15 @@ def test_an_object_is_orphaned_when_all_its_owners_are_gone() -> None:
     assert graph.orphan("p") is None and graph.owned() == []
 
 
+def test_an_owner_knows_its_dependents_and_they_their_owners() -> None:
+    graph, place = Graph(), Place(PODS, "x", "p")
+    graph.put("p", place, ("owner",))
+    assert graph.dependents("owner") == [place] and graph.owners("p") == ("owner",)
+    assert graph.place("owner") is None and graph.place("p") == place
+    graph.remove("p")
+    assert graph.dependents("owner") == [] and graph.owners("p") == ()
+
+
 @pytest.mark.parametrize(
     ("updated", "available", "status", "reason"),
     [(3, 3, "True", "NewReplicaSetAvailable"), (1, 2, "False", "ReplicaSetUpdated")],

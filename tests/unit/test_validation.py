@@ -324,11 +324,16 @@ def test_secrets_take_text(rest: Rest) -> None:
     assert made["type"] == "Opaque"
 
 
-def test_namespaces_keep_their_finalizer(rest: Rest) -> None:
+def test_namespaces_keep_their_finalizer_until_they_are_finalized(rest: Rest) -> None:
     made = patch(rest, "namespaces", "x", {"spec": {"finalizers": []}})
     assert made["spec"]["finalizers"] == ["kubernetes"]
     assert made["metadata"]["labels"] == {"kubernetes.io/metadata.name": "x"}
     assert made["status"]["phase"] == "Active"
+    rest.delete(target(rest, "namespaces", "x"), deletion.parse({}, {}))
+    ending = rest.get(target(rest, "namespaces", "x"))
+    ending["spec"]["finalizers"] = []
+    rest.finalize(target(rest, "namespaces", "x", "finalize"), ending, OPTIONS)
+    assert refusal(lambda: rest.get(target(rest, "namespaces", "x"))).code == 404
 
 
 # Strictness

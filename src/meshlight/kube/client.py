@@ -11,6 +11,7 @@ import base64
 import contextlib
 import os
 import ssl
+import sys
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ import aiohttp
 import orjson
 import yaml
 
+from meshlight import __version__
 from meshlight.kube.resources import Object, Resource
 
 SERVICE_ACCOUNT_DIR = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -62,6 +64,13 @@ class WatchEvent:
 
     type: Literal["ADDED", "MODIFIED", "DELETED", "BOOKMARK", "SYNCED"]
     object: Object
+
+
+def program() -> str:
+    """This process's name at the API: its writes are its own in managedFields, as `meshlight-controllers`."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    name = spec.name.removesuffix(".__main__") if spec is not None else Path(sys.argv[0]).stem
+    return str(name).replace(".", "-") or "meshlight"
 
 
 @dataclass
@@ -136,6 +145,7 @@ class Client:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(ssl=self.ssl_context, limit=0),
                 timeout=aiohttp.ClientTimeout(total=None, connect=10),
+                headers={"User-Agent": f"{program()}/{__version__}"},
             )
         return self._session
 

@@ -1,8 +1,8 @@
 """Reading a body as an object of its kind, as Kubernetes' decoder does.
 
-Undeclared fields are dropped and reported, nulls of built-in kinds are dropped, quantities become
-canonical, and a value of a wrong JSON type refuses the request with Go's words for it (built-in kinds;
-custom resources get theirs from `structural`). Works in place and visits each value once.
+Undeclared fields are dropped and reported, nulls and empty maps and lists of built-in kinds are dropped,
+quantities become canonical, and a value of a wrong JSON type refuses the request with Go's words for it
+(custom resources get theirs from `structural`). Works in place and visits each value once.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _object(value: Object, schema: Schema, at: Path, unknown: list[str]) -> None
             if schema.open:
                 continue
             unknown.append(shown((at, name)))
-        elif child is not None:
+        elif child is not None and (child or not _omitted(child, below)):
             kind = type(child)
             if kind is str and below.type == "string" and not below.format:
                 continue
@@ -95,6 +95,13 @@ def _object(value: Object, schema: Schema, at: Path, unknown: list[str]) -> None
         gone.append(name)
     for name in gone or ():
         del value[name]
+
+
+def _omitted(empty: Any, schema: Schema) -> bool:
+    """Whether a field is left out when empty: Go writes no empty maps and lists (`omitempty`)."""
+    if schema.inline:
+        return False
+    return (empty == {} and schema.values is not None) or (empty == [] and schema.items is not None)
 
 
 def _array(value: list[Any], schema: Schema, at: Path, unknown: list[str]) -> None:

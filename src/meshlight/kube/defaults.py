@@ -153,7 +153,6 @@ def _cron_job(obj: Object) -> None:
 
 
 def _namespace(obj: Object) -> None:
-    obj.setdefault("spec", {}).setdefault("finalizers", ["kubernetes"])
     labels = obj["metadata"].setdefault("labels", {})
     labels["kubernetes.io/metadata.name"] = obj["metadata"].get("name", "")
     obj.setdefault("status", {}).setdefault("phase", "Active")
@@ -232,6 +231,12 @@ def apply(obj: Object) -> None:
     """Complete an object of a built-in kind; its schema's defaults are in already."""
     if rule := _BY_KIND.get(obj["kind"]):
         rule(obj)
+
+
+def at_creation(obj: Object) -> None:
+    """What only a new object is given."""
+    if obj["kind"] == "Namespace":
+        obj.setdefault("spec", {}).setdefault("finalizers", ["kubernetes"])
 
 
 def carry_over(old: Object, new: Object) -> None:

@@ -66,11 +66,13 @@ def decode(served: ResourceType, obj: Object) -> list[str]:
     return decoding.decode(obj, served.structure, kind=r.kind, version=r.version)
 
 
-def apply_defaults(served: ResourceType, obj: Object) -> None:
+def apply_defaults(served: ResourceType, obj: Object, *, created: bool = False) -> None:
     """Fill in what the object leaves out."""
     structural.apply_defaults(obj, served.structure)
     if served.schema is None:
         defaults.apply(obj)
+        if created:
+            defaults.at_creation(obj)
 
 
 def validate(served: ResourceType, obj: Object, old: Object | None = None, subresource: str = "") -> None:

@@ -101,6 +101,27 @@ def document(catalog: Catalog, group: str, version: str) -> Object | None:
     }
 
 
+SWAGGER: Object = {
+    "swagger": "2.0",
+    "info": {"title": "Kubernetes", "version": "v1.32.0"},
+    "paths": {},
+    "definitions": {},
+}
+"""OpenAPI v2 without definitions: kubectl asks for it to check a `List`; what it lacks is left to the server."""
+
+SWAGGER_PROTOBUF_TYPE = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf"
+
+
+def swagger_protobuf() -> bytes:
+    """SWAGGER as the protobuf that kubectl asks for (gnostic's `openapi.v2.Document`, fields 1 and 2)."""
+
+    def text(field: int, value: bytes) -> bytes:
+        return bytes([field << 3 | 2, len(value)]) + value
+
+    info = text(1, SWAGGER["info"]["title"].encode()) + text(2, SWAGGER["info"]["version"].encode())
+    return text(1, SWAGGER["swagger"].encode()) + text(2, info)
+
+
 def _gvk(served: ResourceType) -> dict[str, str]:
     r = served.resource
     return {"group": r.group, "version": r.version, "kind": r.kind}

@@ -142,7 +142,7 @@ class Rest:
             self._check_namespace(target, obj["metadata"].get("name", ""))
         if served.has_status and served.resource.kind not in ("Node", "Pod"):
             obj.pop("status", None)
-        objects.apply_defaults(served, obj)
+        objects.apply_defaults(served, obj, created=True)
         objects.set_generation(served, None, obj)
         objects.validate(served, obj)
         if not applied:

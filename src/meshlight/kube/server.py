@@ -139,6 +139,7 @@ class Server:
             app.router.add_get(path, self.healthy)
         app.router.add_get("/api", self.core)
         app.router.add_get("/apis", self.groups)
+        app.router.add_get("/openapi/v2", self.openapi_v2)
         app.router.add_get("/openapi/v3", self.openapi_index)
         app.router.add_get("/openapi/v3/{path:.+}", self.openapi_document)
         app.router.add_route("*", "/api/{version}{rest:(/.*)?}", self.resource)
@@ -172,6 +173,13 @@ class Server:
         if found is None:
             raise web.HTTPNotFound
         return answer(found)
+
+    async def openapi_v2(self, request: web.Request) -> web.Response:
+        """`/openapi/v2`."""
+        if "proto-openapi" not in request.headers.get("Accept", ""):
+            return answer(openapi.SWAGGER)
+        kind = openapi.SWAGGER_PROTOBUF_TYPE
+        return web.Response(body=openapi.swagger_protobuf(), headers={"Content-Type": kind})
 
     async def openapi_index(self, _: web.Request) -> web.Response:
         """`/openapi/v3`."""

@@ -196,6 +196,16 @@ def test_invalid_and_immutable_fields_are_named(cluster: Cluster, namespace: str
     assert 'spec.mtls.mode: Unsupported value: "LAX": supported values:' in mode
 
 
+def test_lists_are_applied_and_their_items_checked(cluster: Cluster, namespace: str) -> None:
+    items = [deployment(namespace), peer_authentication(namespace, "STRICT")]
+    shown = apply(cluster, {"apiVersion": "v1", "kind": "List", "items": items})
+    assert "deployment.apps/web created" in shown
+    assert "peerauthentication.security.istio.io/mine created" in shown
+    items[0]["spec"]["replicaz"] = 1
+    refused = apply(cluster, {"apiVersion": "v1", "kind": "List", "items": items}, check=False)
+    assert 'unknown field "spec.replicaz"' in refused
+
+
 def test_explain_knows_builtin_fields(cluster: Cluster) -> None:
     shown = cluster.kubectl("explain", "pod.spec.containers.livenessProbe.httpGet")
     assert re.search(r"port\s+<IntOrString> -required-", shown)
