@@ -214,7 +214,7 @@ def test_deleting_a_namespace_deletes_what_is_in_it(cluster: Cluster) -> None:
     assert "NotFound" in cluster.kubectl("get", "cm", "inside", "-n", "doomed", check=False)
 
 
-def test_a_deployment_sent_as_protobuf_makes_pods_that_wait_for_a_node(
+def test_a_deployment_sent_as_protobuf_makes_pods_whose_image_is_unknown(
     cluster: Cluster, namespace: str
 ) -> None:
     cluster.kubectl("create", "deployment", "web", "-n", namespace, "--image=x", "--replicas=2")
@@ -227,16 +227,7 @@ def test_a_deployment_sent_as_protobuf_makes_pods_that_wait_for_a_node(
     assert {p["metadata"]["labels"]["app"] for p in pods()} == {"web"}
     assert {p["metadata"]["ownerReferences"][0]["kind"] for p in pods()} == {"ReplicaSet"}
     wait_until(
-        lambda: all("0/0 nodes are available" in json.dumps(p["status"]) for p in pods()),
-        30,
-        "the scheduler to say why",
+        lambda: all("meshlight-images" in json.dumps(p["status"]) for p in pods()),
+        60,
+        "the pods to say how to map their image",
     )
-    cluster.kubectl("scale", "deployment", "web", "-n", namespace, "--replicas=1")
-    wait_until(lambda: len(pods()) == 1, 30, "one pod")
-
-
-def test_server_side_apply_is_refused_in_words(cluster: Cluster, namespace: str) -> None:
-    shown = cluster.kubectl(
-        "apply", "--server-side", "-f", "-", stdin=config_map(namespace, a="1"), check=False
-    )
-    assert "server-side apply" in shown and "without --server-side" in shown

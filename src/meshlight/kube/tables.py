@@ -214,6 +214,16 @@ def _node_status(node: Object, _: datetime) -> str:
     return ",".join(words)
 
 
+def _node_address(kind: str) -> Cell:
+    def cell(obj: Object, _: datetime) -> Any:
+        for address in (obj.get("status") or {}).get("addresses") or []:
+            if address["type"] == kind:
+                return address["address"]
+        return NONE
+
+    return cell
+
+
 def _roles(node: Object, _: datetime) -> str:
     prefix = "node-role.kubernetes.io/"
     labels = node["metadata"].get("labels") or {}
@@ -296,6 +306,11 @@ _COLUMNS: dict[tuple[str, str], list[Column]] = {
         Column("Roles", _roles),
         _AGE,
         Column("Version", _at("status", "nodeInfo", "kubeletVersion", default="")),
+        Column("Internal-IP", _node_address("InternalIP"), wide=True),
+        Column("External-IP", _node_address("ExternalIP"), wide=True),
+        Column("OS-Image", _at("status", "nodeInfo", "osImage"), wide=True),
+        Column("Kernel-Version", _at("status", "nodeInfo", "kernelVersion"), wide=True),
+        Column("Container-Runtime", _at("status", "nodeInfo", "containerRuntimeVersion"), wide=True),
     ],
     ("", "Service"): [
         Column("Type", _at("spec", "type")),
