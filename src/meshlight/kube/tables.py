@@ -214,7 +214,7 @@ def _node_status(node: Object, _: datetime) -> str:
     return ",".join(words)
 
 
-def _node_address(kind: str) -> Cell:
+def _node_address(kind: str) -> Callable[[Object, datetime], Any]:
     def cell(obj: Object, _: datetime) -> Any:
         for address in (obj.get("status") or {}).get("addresses") or []:
             if address["type"] == kind:
