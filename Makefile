@@ -32,6 +32,7 @@ down: ## stop it; leaves nothing behind
 	@test -x $(BIN)/meshlight && $(BIN)/meshlight down || echo "nothing installed, nothing running"
 
 test: setup ## every test: unit, real cluster, Rust
+	cd ztunnel && cargo test -q --release
 	$(BIN)/pytest -n 2 --dist loadgroup
 
 check: setup ## formatters, linters, type checkers
