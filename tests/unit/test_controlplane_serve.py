@@ -297,3 +297,18 @@ async def test_an_unreadable_object_keeps_its_last_readable_state(istiod: Istiod
     istiod.discovery.start()
     assert istiod.discovery.index.collections[ADDRESS_TYPE].get("Kubernetes//Pod/shop/web-1") is not None
     assert 'pilot_k8s_object_errors{type="Pod"} 1.0' in (await read(istiod, "/metrics"))[1]
+
+
+@pytest.mark.parametrize(
+    ("peer", "expected"),
+    [
+        ("127.0.0.1:5000", True),
+        ("::1:5000", True),
+        ("::ffff:127.0.0.1:5000", True),
+        ("10.244.1.5:5000", False),
+        ("fe80::1%eth0:5000", False),
+        ("", False),
+    ],
+)
+def test_only_loopback_is_let_in_without_a_token(peer: str, expected: bool) -> None:
+    assert serve.is_loopback(peer) is expected

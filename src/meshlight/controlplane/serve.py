@@ -73,7 +73,7 @@ class DiscoveryService:
     async def delta(self, stream: Stream[Any, Any]) -> None:
         """One client, for as long as it stays."""
         peer = _peer_address(stream)
-        if self.reviewer is not None and not (self.trust_loopback and _is_loopback(peer)):
+        if self.reviewer is not None and not (self.trust_loopback and is_loopback(peer)):
             await authenticate(self.reviewer, _authorization(stream), self.discovery.metrics)
         await self.discovery.synced.wait()
         failure: GRPCError | None = None
@@ -162,7 +162,8 @@ def _peer_address(stream: Stream[Any, Any]) -> str:
     return f"{address[0]}:{address[1]}" if address else ""
 
 
-def _is_loopback(peer: str) -> bool:
+def is_loopback(peer: str) -> bool:
+    """Whether a peer, `HOST:PORT`, is of this network namespace."""
     host = peer.rpartition(":")[0]
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
