@@ -107,7 +107,7 @@ SWAGGER: Object = {
     "paths": {},
     "definitions": {},
 }
-"""OpenAPI v2 without definitions: kubectl asks for it to check a `List`; what it lacks is left to the server."""
+"""OpenAPI v2 without definitions: kubectl reads it to check a `List`; what it lacks is left to the server."""
 
 SWAGGER_PROTOBUF_TYPE = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf"
 
