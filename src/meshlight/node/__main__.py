@@ -19,7 +19,8 @@ def main() -> None:
     arguments = parser.parse_args()
     enter_node(arguments.name, arguments.index)  # before any thread or loop exists
     from meshlight.kube.client import Client
-    from meshlight.node.agent import NodeIdentity, serve
+    from meshlight.node.agent import serve
+    from meshlight.node.registration import NodeIdentity
 
     client = Client.from_kubeconfig(arguments.kubeconfig)
     asyncio.run(serve(client, NodeIdentity(arguments.name, arguments.index), arguments.state))

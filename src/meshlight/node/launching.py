@@ -111,7 +111,9 @@ def program(
     )
 
 
-def beside(pod: Object, container: Object, argv: list[str], env: dict[str, str], machine: Machine) -> Program:
+def beside(
+    pod: Object, container: Object, argv: list[str], env: dict[str, str], machine: Machine, tty: bool
+) -> Program:
     """A program that runs beside a running container's, with its environment and no more power."""
     context = security(pod, container)
     who = identity(pod, context, machine)
@@ -124,4 +126,5 @@ def beside(pod: Object, container: Object, argv: list[str], env: dict[str, str],
         gid=who.gid,
         groups=who.groups,
         no_new_privileges=context.get("allowPrivilegeEscalation") is False,
+        tty=tty,
     )

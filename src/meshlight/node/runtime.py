@@ -127,6 +127,8 @@ class Sandbox:
         (folder / "sandbox.pid").write_text(said.decode())
         found = await cls.adopt(folder, on_change)
         if found is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(said), signal.SIGKILL)
             raise SandboxError("CreatePodSandboxError", "pid 1 of the pod does not answer")
         return found
 
@@ -283,6 +285,11 @@ class Sandbox:
         made = socket.socket(fileno=descriptors[0])
         made.setblocking(False)
         return made
+
+    async def stdin(self, name: str) -> int | None:
+        """A descriptor that writes to a running container's stdin, if it has one; the caller closes it."""
+        _, descriptors = await self._ask("stdin", name=name)
+        return descriptors[0] if descriptors else None
 
     async def stop(self) -> None:
         """End the pod's pid 1 and everything in it."""

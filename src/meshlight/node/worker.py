@@ -8,85 +8,74 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import shutil
-import signal
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import replace
 
-import aiohttp
-
-from meshlight.kube.client import ApiError, Client
-from meshlight.kube.resources import PODS, SERVICE_ACCOUNTS, Object
-from meshlight.node import images, lifecycle, podstatus, resolver
+from meshlight.kube.client import ApiError, ApiUnreachable
+from meshlight.kube.resources import PODS, Object
+from meshlight.node import lifecycle, podstatus, resolver
 from meshlight.node.containers import ContainerState, remembered, run_of
-from meshlight.node.environment import ConfigError, Place, Sources, variables
-from meshlight.node.events import Recorder, log
-from meshlight.node.launching import Surroundings, base_environment, beside, program
+from meshlight.node.context import NodeContext
+from meshlight.node.environment import ConfigError
+from meshlight.node.events import log
+from meshlight.node.execution import Execution
+from meshlight.node.images import UnknownImage
 from meshlight.node.netns import NetworkError
-from meshlight.node.network import PodNetwork
 from meshlight.node.probes import Health, Prober, check
-from meshlight.node.references import References
-from meshlight.node.rootfs import Machine
 from meshlight.node.runtime import Sandbox, SandboxError
-from meshlight.node.volumes import PodVolumes, VolumeError, with_api_access
+from meshlight.node.volumes import VolumeError
 
-_RETRY = 1.0
-_OUTPUT_LIMIT = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class NodeContext:
-    """What every worker of a node shares. `run` is node-local and private, `logs` outlives a restart."""
-
-    client: Client
-    name: str
-    address: str
-    run: Path
-    logs: Path
-    machine: Machine
-    network: PodNetwork
-    references: References
-    recorder: Recorder
-    http: aiohttp.ClientSession
-    image_mapping: Mapping[str, str]
-
-    def log_path(self, uid: str, container: str, attempt: int) -> Path:
-        """Where an attempt's output is kept."""
-        return self.logs / uid / container / f"{attempt}.log"
-
-
-def _machine_resolver() -> str:
-    path = Path("/etc/resolv.conf")
-    return path.read_text() if path.exists() else ""
+_FIRST_RETRY, _LONGEST_RETRY = 0.5, 30.0
+_UNREACHABLE_RETRY = 0.5
+_DEFAULT_GRACE = 30
+_OVER = ("Succeeded", "Failed")
+_SETUP_REASONS = ("ErrImagePull", "ImagePullBackOff", "CreateContainerConfigError", "ContainerCreating")
+"""Why a container waits for something that others may put right at any moment."""
 
 
 class PodWorker:
     """Runs one pod until it is gone from the API; `finished` is called then."""
 
     def __init__(self, node: NodeContext, pod: Object, finished: Callable[[str], None]) -> None:
-        self.node, self.pod, self._finished = node, pod, finished
+        self.node, self._finished = node, finished
         self.uid = str(pod["metadata"]["uid"])
-        self.folder = node.run / "pods" / self.uid
+        self.folder = node.pod_folder(self.uid)
+        self.execution = Execution(node, pod)
         self.sandbox: Sandbox | None = None
         self.containers: dict[str, ContainerState] = {}
-        self._address = ""
-        self._gone = False
         self._wake = asyncio.Event()
         self._stopping: dict[str, asyncio.Task[None]] = {}
-        self._probers: dict[str, asyncio.Task[None]] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}  # probes and hooks by container
+        self._out_of_memory: dict[str, int] = {}
+        self._gone = self._over = self._stale = False
         self._stopped_for = self._stopped_message = ""
-        self._volumes = PodVolumes(node.client, self.folder / "volumes", node.run / "hostfs")
-        self._status: Object | None = None
-        self._stale = False
+        self._told: Object | None = None
+        self._retry = _FIRST_RETRY
+        self._not_before = 0.0
+
+    @property
+    def pod(self) -> Object:
+        """The pod as the API last showed it."""
+        return self.execution.pod
+
+    @pod.setter
+    def pod(self, pod: Object) -> None:
+        self.execution.pod = pod
 
     # What others tell the worker.
 
     def changed(self, pod: Object) -> None:
         """The object changed in the API."""
-        self.pod = pod
+        before, self.pod = self.pod["metadata"], pod
+        after = pod["metadata"]
+        if any(before.get(k) != after.get(k) for k in ("labels", "annotations")):
+            self._stale = True  # the downward API shows them in files
+        sooner = after.get("deletionGracePeriodSeconds"), before.get("deletionGracePeriodSeconds")
+        if sooner[0] is not None and sooner[1] is not None and sooner[0] < sooner[1]:
+            for task in self._stopping.values():  # the decision stops them anew, with less grace
+                task.cancel()
         self._wake.set()
 
     def deleted(self) -> None:
@@ -95,10 +84,11 @@ class PodWorker:
         self._wake.set()
 
     def poke(self) -> None:
-        """Something that the pod depends on changed."""
+        """Something that the pod waits for may have come."""
         for state in self.containers.values():
-            if state.waiting:
+            if state.waiting in _SETUP_REASONS:
                 state.clear()
+        self._not_before, self._retry = 0.0, _FIRST_RETRY
         self._wake.set()
 
     def refresh(self) -> None:
@@ -112,94 +102,147 @@ class PodWorker:
         """Work until the pod is gone."""
         try:
             await self._adopt()
-            while True:
-                self._wake.clear()
-                delay = await self._turn()
-                if delay is None:
-                    return
+            while (delay := await self._turn()) is not None:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), delay or None)
+                    async with asyncio.timeout(delay or None):
+                        await self._wake.wait()
         finally:
-            for task in [*self._probers.values(), *self._stopping.values()]:
+            for task in [*self._tasks.values(), *self._stopping.values()]:
                 task.cancel()
             if self.sandbox is not None:
                 self.sandbox.close()
 
     async def _turn(self) -> float | None:
         """Observe, decide, act, tell; seconds until the next turn (0: when woken), None at the end."""
+        self._wake.clear()
         try:
-            self._observe()
-            if self._gone:
-                await self._remove_everything()
-                return None
-            now = time.time()
-            if lifecycle.deadline_passed(self.pod, now) and not self._stopped_for:
-                self._stopped_for = "DeadlineExceeded"
-                self._stopped_message = "Pod was active on the node longer than the specified deadline"
-            if self.sandbox is not None and (self._stale or 0 < self._volumes.refresh_at <= now):
-                self._stale = False
-                await self._prepared()
-            decision = lifecycle.decide(self.pod, self._view(), now)
-            done = False
-            for action in decision.actions:
-                done = await self._act(action) or done
-            self._observe()
+            return await self._step()
+        except ApiUnreachable:
+            return _UNREACHABLE_RETRY
+        except VolumeError as error:
+            return await self._held_up("FailedMount", str(error))
+        except (ApiError, OSError, NetworkError, SandboxError) as error:
+            return await self._held_up("FailedCreatePodSandBox", str(error))
+
+    async def _held_up(self, reason: str, message: str) -> float:
+        """The pod as a whole cannot go on for now."""
+        self._event("Warning", reason, message)
+        log("warning", "pod cannot go on", pod=self._name(), reason=reason, error=message)
+        with contextlib.suppress(ApiError, ApiUnreachable):
             await self._tell()
-            if done:
+        delay = self._retry
+        self._retry = min(self._retry * 2, _LONGEST_RETRY)
+        self._not_before = time.time() + delay
+        return delay
+
+    async def _step(self) -> float | None:
+        self._observe()
+        if self._gone:
+            await self._remove_everything()
+            return None
+        now = time.time()
+        if lifecycle.deadline_passed(self.pod, now) and not self._stopped_for and not self._over:
+            self._stopped_for = "DeadlineExceeded"
+            self._stopped_message = "Pod was active on the node longer than the specified deadline"
+        if self.sandbox is not None and (self._stale or 0 < self.execution.volumes.refresh_at <= now):
+            self._stale = False
+            await self.execution.prepared()
+        decision = lifecycle.decide(self.pod, self._view(), now)
+        if self._over and not self.pod["metadata"].get("deletionTimestamp"):
+            return 0.0
+        held = self._not_before > now
+        progress = False
+        for action in decision.actions:
+            if held and isinstance(action, lifecycle.CreateSandbox | lifecycle.Start):
+                decision.later(self._not_before)
+                continue
+            progress = progress or not isinstance(action, lifecycle.Stop)
+            if await self._act(action):
                 return None
-            if decision.actions and not all(isinstance(a, lifecycle.Stop) for a in decision.actions):
-                return 0.001  # an action changes what is decided next
-            times = [t for t in (decision.wake_at, self._volumes.refresh_at) if t]
-            return max(0.001, min(times) - time.time()) if times else 0.0
-        except (ApiError, OSError, NetworkError, SandboxError, VolumeError) as error:
-            reason = "FailedMount" if isinstance(error, VolumeError) else "FailedCreatePodSandBox"
-            self._event("Warning", reason, str(error))
-            log("warning", "pod cannot go on", pod=self._name(), error=str(error))
-            with contextlib.suppress(ApiError):
-                await self._tell()
-            return _RETRY
+        self._observe()
+        await self._tell()
+        if progress:
+            self._retry = _FIRST_RETRY
+            return 0.001  # an action changes what is decided next
+        times = [t for t in (decision.wake_at, self.execution.volumes.refresh_at) if t]
+        return max(0.001, min(times) - time.time()) if times else 0.0
 
     async def _adopt(self) -> None:
         """Find what runs already, or what the API remembers of an earlier life of the machine."""
+        status = self.pod.get("status") or {}
+        over = status.get("phase") in _OVER
+        if over and status.get("reason"):
+            self._stopped_for, self._stopped_message = status["reason"], status.get("message") or ""
         if self.folder.exists():
             self.sandbox = await Sandbox.adopt(self.folder, self._wake.set)
+        self._over = over and self.sandbox is None
+        now = time.time()
+        for entry in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
+            self.containers[entry["name"]] = remembered(entry, now)
+        if self.sandbox is None or self._gone:
+            return
+        self.execution.address = status.get("podIP") or await self._network()
+        for name, attempts in self.sandbox.attempts.items():
+            state = self.containers[name] = ContainerState()
+            for attempt in attempts:
+                state.put(run_of(attempt))
+            state.crashes = int(attempts[-1].note.get("crashes") or 0)
+            if (last := state.last) and last.finished:
+                state.put(self._told_end(name, last))
+                state.ended(last)
+            state.image_id = self._known_image(name)
+
+    def _known_image(self, name: str) -> str:
         status = self.pod.get("status") or {}
-        self._address = status.get("podIP") or ""
-        if self.sandbox is None:
-            if self._address and not self.pod["spec"].get("hostNetwork"):
-                self._address = ""
-            now = time.time()
-            for entry in [
-                *(status.get("initContainerStatuses") or []),
-                *(status.get("containerStatuses") or []),
-            ]:
-                self.containers[entry["name"]] = remembered(entry, now)
+        entries = [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
+        return next((str(e.get("imageID") or "") for e in entries if e["name"] == name), "")
 
     def _observe(self) -> None:
+        """Take in what pid 1 told."""
         if self.sandbox is None:
-            return
-        if not self.sandbox.alive:
-            now = time.time()
-            for name, state in self.containers.items():
-                if (last := state.last) and not last.finished:
-                    lost = lifecycle.Run(
-                        last.attempt, last.started, now, 137, 9, "Error", "the pod's pid 1 ended"
-                    )
-                    state.put(lost)
-                    state.ended(lost)
-                state.floor = (state.last.attempt + 1) if state.last else 0
-                self._stop_probing(name)
-            self.sandbox = None
             return
         for name, attempts in self.sandbox.attempts.items():
             state = self.containers.setdefault(name, ContainerState())
             for attempt in attempts:
                 run = run_of(attempt)
+                known = next((r for r in state.runs if r.attempt == run.attempt), None)
+                if run.finished and known and not known.finished:
+                    run = self._told_end(name, run)
                 if state.put(run):
-                    state.ended(run)
-                    self._stop_probing(name)
-            if self.sandbox.running(name) and name not in self._probers:
+                    self._ended(name, state, run)
+        if not self.sandbox.alive:
+            self._lost()
+            return
+        for name, state in self.containers.items():
+            if self.sandbox.running(name) and state.health is None:
                 self._probe(name, state)
+
+    def _told_end(self, name: str, run: lifecycle.Run) -> lifecycle.Run:
+        """An end with its message, and its cause where the kernel knows it."""
+        message = self.execution.ending(name, run.attempt, run.code)
+        count = self.node.cgroups.out_of_memory(self.uid, name)
+        killed = run.code and count > self._out_of_memory.get(name, 0)
+        self._out_of_memory[name] = count
+        return replace(run, message=message, reason="OOMKilled" if killed else run.reason)
+
+    def _ended(self, name: str, state: ContainerState, run: lifecycle.Run) -> None:
+        state.ended(run)
+        if task := self._tasks.pop(name, None):
+            task.cancel()
+        if state.not_before > run.finished and lifecycle.restarts(self.pod, state.observed()):
+            words = f"Back-off restarting failed container {name} in pod {self._id()}"
+            self._event("Warning", "BackOff", words, name)
+
+    def _lost(self) -> None:
+        """Pid 1 ended by itself, and with it every container."""
+        now = time.time()
+        for name, state in self.containers.items():
+            if (last := state.last) and not last.finished:
+                lost = replace(last, finished=now, code=137, signal=9, message="the pod's pid 1 ended")
+                state.put(lost)
+                self._ended(name, state, lost)
+            state.floor = (state.last.attempt + 1) if state.last else 0
+        self.sandbox = None
 
     def _view(self) -> lifecycle.View:
         return lifecycle.View(
@@ -213,20 +256,18 @@ class PodWorker:
         """Perform an action; whether the worker is done."""
         match action:
             case lifecycle.CreateSandbox():
-                await self._create_sandbox()
+                async with self.node.starts:
+                    await self._create_sandbox()
             case lifecycle.Start(name, attempt):
-                await self._start(name, attempt)
+                async with self.node.starts:
+                    await self._start(name, attempt)
             case lifecycle.Stop(name, why):
                 self._stopping[name] = asyncio.create_task(self._stop(name, why))
             case lifecycle.RemoveSandbox():
                 await self._remove_sandbox()
             case lifecycle.Finish():
                 await self._tell()
-                metadata = self.pod["metadata"]
-                options = {"gracePeriodSeconds": 0, "preconditions": {"uid": self.uid}}
-                path = PODS.path(metadata["namespace"], metadata["name"])
-                with contextlib.suppress(ApiError):  # deleted by force, or replaced, meanwhile
-                    await self.node.client.request("DELETE", path, options)
+                await self.execution.delete()
                 await self._remove_everything()
                 return True
         return False
@@ -236,15 +277,18 @@ class PodWorker:
     def _host_network(self) -> bool:
         return bool(self.pod["spec"].get("hostNetwork"))
 
+    async def _network(self) -> str:
+        return self.node.address if self._host_network() else await self.node.network.add(self.uid, None)
+
     async def _create_sandbox(self) -> None:
-        if self._host_network():
-            self._address = self.node.address
-        else:
-            self._address = await self.node.network.add(self.uid, None)
+        if any(state.runs for state in self.containers.values()):
+            self._event("Normal", "SandboxChanged", "Pod sandbox changed, it will be killed and re-created.")
+        self.execution.address = await self._network()
         netns = None if self._host_network() else self.uid
         self.sandbox = await Sandbox.create(self.folder, resolver.hostname(self.pod), netns, self._wake.set)
         for state in self.containers.values():
             state.floor = (state.last.attempt + 1) if state.last else 0
+        await self._tell()  # the address is known before anything runs: the mesh can take the pod in
 
     async def _remove_sandbox(self) -> None:
         if self.sandbox is not None:
@@ -252,7 +296,11 @@ class PodWorker:
             self._observe()
         if not self._host_network():
             await self.node.network.remove(self.uid)
-        await asyncio.to_thread(shutil.rmtree, self.folder, True)
+        await asyncio.to_thread(self._clean)
+
+    def _clean(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.node.cgroups.remove(self.uid)
 
     async def _remove_everything(self) -> None:
         await self._remove_sandbox()
@@ -262,177 +310,143 @@ class PodWorker:
 
     # Containers.
 
-    def _container(self, name: str) -> Object:
-        spec = self.pod["spec"]
-        return next(c for c in [*lifecycle.init_containers(self.pod), *spec["containers"]] if c["name"] == name)
-
-    def _place(self) -> Place:
-        pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Place(self._address, self.node.address, os.cpu_count() or 1, pages)
-
-    async def _prepared(self) -> tuple[Object, Sources]:
-        """The pod with its token volume, its volumes written, and what it refers to."""
-        metadata, spec = self.pod["metadata"], self.pod["spec"]
-        automounts = True
-        if spec.get("automountServiceAccountToken") is None:
-            name = spec.get("serviceAccountName") or "default"
-            account = await self.node.client.get(SERVICE_ACCOUNTS, name, metadata["namespace"])
-            automounts = account.get("automountServiceAccountToken") is not False
-        pod = with_api_access(self.pod, automounts)
-        sources = await self.node.references.sources(pod)
-        await self._volumes.update(pod, sources, self._place())
-        return pod, sources
-
     async def _start(self, name: str, attempt: int) -> None:
         state = self.containers.setdefault(name, ContainerState())
-        own = self._container(name)
+        image = self.execution.container(name).get("image") or ""
+        assert self.sandbox is not None
         try:
-            image_program = images.resolve(own, self.node.image_mapping)
-            pod, sources = await self._prepared()
-            container = next(
-                c for c in [*lifecycle.init_containers(pod), *pod["spec"]["containers"]] if c["name"] == name
-            )
-            env = variables(pod, container, sources, self._place(), base_environment(pod, self.node.machine))
-            log_path = self.node.log_path(self.uid, name, attempt)
-            log_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            around = Surroundings(
-                self.folder / "roots" / name / str(attempt),
-                log_path,
-                resolver.files(pod, self._address, _machine_resolver()),
-                self._volumes.mounts(container, env),
-                [],
-            )
-            assert self.sandbox is not None
-            state.image_id = " ".join(image_program) or " ".join(container.get("command") or [])[:200]
-            self._event(
-                "Normal", "Pulled", f'Container image "{own["image"]}" already present on machine', name
-            )
-            wanted = program(pod, container, image_program, env, self.node.machine, around)
-            await self.sandbox.start(name, attempt, wanted, {})
-        except images.UnknownImage as error:
+            started = await self.execution.start(self.sandbox, name, attempt, state.crashes)
+        except UnknownImage as error:
             reason = "ImagePullBackOff" if state.failures else "ErrImagePull"
-            self._refuse(state, name, reason, str(error))
+            self._refuse(state, name, reason, str(error), f'Failed to pull image "{image}": {error}')
+            return
         except ConfigError as error:
-            self._refuse(state, name, "CreateContainerConfigError", str(error))
+            self._refuse(state, name, "CreateContainerConfigError", str(error), f"Error: {error}")
+            return
         except SandboxError as error:
-            self._refuse(state, name, error.reason, str(error))
-        else:
-            state.clear()
-            self._event("Normal", "Started", f"Started container {name}", name)
+            if error.reason != "RunContainerError":
+                self._refuse(state, name, error.reason, str(error), f"Error: {error}")
+                return
+            # As container runtimes have it, a program that cannot be started has run and ended.
+            now = time.time()
+            run = lifecycle.Run(attempt, now, now, 128, 0, "StartError", str(error))
+            state.put(run)
+            self._ended(name, state, run)
+            state.waiting, state.waiting_message = error.reason, str(error)
+            self._event("Warning", "Failed", f"Error: {error}", name)
+            return
+        state.clear()
+        state.image_id = started.image_id
+        self._event("Normal", "Pulled", f'Container image "{image}" already present on machine', name)
+        self._event("Normal", "Created", f"Created container: {name}", name)
+        self._event("Normal", "Started", f"Started container {name}", name)
+        if started.ignored:
+            self._event("Warning", "SecurityContextIgnored", started.ignored, name)
+        if attempt > 0:
+            await asyncio.to_thread(self.execution.forget_root, name, attempt - 1)
 
-    def _refuse(self, state: ContainerState, name: str, reason: str, message: str) -> None:
+    def _refuse(self, state: ContainerState, name: str, reason: str, message: str, event: str) -> None:
         state.refuse(reason, message, time.time())
-        self._event("Warning", "Failed", message, name)
+        self._event("Warning", "Failed", event, name)
 
     async def _stop(self, name: str, why: str) -> None:
-        """SIGTERM, the grace period, then the end of every process of the container."""
+        spec = self.pod["spec"]
+        asked = spec.get("terminationGracePeriodSeconds")
+        grace = float(_DEFAULT_GRACE if asked is None else asked)
+        words = f"Stopping container {name}"
+        if why:
+            words = f"Container {name} {why}, will be restarted"
+            kind = "startupProbe" if "startup" in why else "livenessProbe"
+            probe = self.execution.container(name).get(kind) or {}
+            asked = probe.get("terminationGracePeriodSeconds")
+        else:
+            asked = self.pod["metadata"].get("deletionGracePeriodSeconds")
+        grace = grace if asked is None else float(asked)
+        self._event("Normal", "Killing", words, name)
+
+        def failed(reason: str) -> None:
+            self._event("Warning", "FailedPreStopHook", f"PreStopHook failed: {reason}", name)
+
         try:
-            grace = self.pod["metadata"].get("deletionGracePeriodSeconds")
-            if grace is None:
-                grace = self.pod["spec"].get("terminationGracePeriodSeconds", 30)
-            words = f"Stopping container {name}"
-            if why:
-                words = f"Container {name} {why}, will be restarted"
-            self._event("Normal", "Killing", words, name)
-            sandbox = self.sandbox
-            if sandbox is None:
-                return
-            with contextlib.suppress(SandboxError):
-                await self._pre_stop(name, float(grace))
-                await sandbox.signal(name, int(signal.SIGTERM))
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(sandbox.ended(name), float(grace))
-                if sandbox.running(name):
-                    await sandbox.kill(name)
-                    await sandbox.ended(name)
+            if self.sandbox is not None:
+                await self.execution.stop(self.sandbox, name, grace, failed)
+        except Exception as error:  # tried again: a container that cannot be stopped keeps its pod
+            log("error", "container not stopped", pod=self._name(), container=name, error=repr(error))
+            await asyncio.sleep(_UNREACHABLE_RETRY)
         finally:
             self._stopping.pop(name, None)
             self._wake.set()
 
-    async def _pre_stop(self, name: str, limit: float) -> None:
-        hook = ((self._container(name).get("lifecycle") or {}).get("preStop") or {}).get("exec")
-        if hook and limit > 0:
-            code, output = await self.execute(name, list(hook.get("command") or []), limit)
-            if code:
-                self._event("Warning", "FailedPreStopHook", f"PreStopHook failed: {output[:200]}", name)
-
-    # Probes and commands beside a container.
+    # Probes and the postStart hook.
 
     def _probe(self, name: str, state: ContainerState) -> None:
-        container = self._container(name)
-        before = (self.pod.get("status") or {}).get("containerStatuses") or []
-        adopted = any(
-            s["name"] == name
-            and s.get("ready")
-            and (s.get("state") or {}).get("running")
-            and s.get("restartCount") == (state.last.attempt if state.last else -1)
-            for s in before
+        container = self.execution.container(name)
+        adopted = self._ready_before(name, state)
+        startup = bool(container.get("startupProbe"))
+        state.health = Health(
+            started=adopted or not startup,
+            ready=adopted or not (startup or container.get("readinessProbe")),
         )
-        state.health = Health(started=adopted, ready=adopted)
+        kinds = ("startupProbe", "readinessProbe", "livenessProbe")
+        hooked = bool((container.get("lifecycle") or {}).get("postStart")) and not adopted
+        if hooked or any(container.get(kind) for kind in kinds):
+            if hooked:
+                state.health.started = state.health.ready = False
+            self._tasks[name] = asyncio.create_task(self._attend(name, container, state.health, hooked))
+
+    def _ready_before(self, name: str, state: ContainerState) -> bool:
+        """Whether the API says that this very attempt was ready: an adopted pod does not flap."""
+        status = self.pod.get("status") or {}
+        entries = [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
+        attempt = state.last.attempt if state.last else -1
+        wanted = podstatus.container_id(self.uid, name, attempt)
+        return any(e.get("ready") and e.get("containerID") == wanted for e in entries)
+
+    async def _attend(self, name: str, container: Object, health: Health, hooked: bool) -> None:
+        """The postStart hook of a running container, then its probes."""
+        sandbox = self.sandbox
+        if sandbox is None:
+            return
+        if hooked and (why := await self.execution.hook(sandbox, name, "postStart", 3600)):
+            self._event("Warning", "FailedPostStartHook", f"PostStartHook failed: {why}", name)
+            with contextlib.suppress(SandboxError):
+                await sandbox.kill(name)
+            return
+
+        async def execute(argv: list[str], limit: float) -> tuple[int, str]:
+            return await self.execution.run(sandbox, name, argv, limit)
 
         async def perform(probe: Object) -> str:
-            return await check(
-                probe, container, self._address, lambda a, t: self.execute(name, a, t), self.node.http
-            )
+            try:
+                return await check(probe, container, self.execution.address, execute, self.node.http)
+            except (SandboxError, ApiError, ApiUnreachable, ConfigError) as error:
+                return str(error)
 
         def failed(kind: str, why: str) -> None:
             self._event("Warning", "Unhealthy", f"{kind} probe failed: {why}", name)
 
-        prober = Prober(container, state.health, perform, failed, self._wake.set)
-        self._probers[name] = asyncio.create_task(prober.run())
-
-    def _stop_probing(self, name: str) -> None:
-        if task := self._probers.pop(name, None):
-            task.cancel()
-
-    async def execute(self, name: str, argv: list[str], limit: float) -> tuple[int, str]:
-        """Run a command beside a running container: exit code and output. Raises SandboxError."""
-        if self.sandbox is None:
-            raise SandboxError("CreateContainerError", "the pod has no sandbox")
-        container = self._container(name)
-        base = base_environment(self.pod, self.node.machine)
-        sources = await self.node.references.sources(self.pod)
-        env = variables(self.pod, container, sources, self._place(), base)
-        wanted = beside(self.pod, container, argv, env, self.node.machine)
-        read, write = os.pipe()
-        null = os.open(os.devnull, os.O_RDONLY)
-        try:
-            ended = await self.sandbox.execute(name, wanted, null, write, write)
-        except SandboxError:
-            os.close(read)
-            raise
-        finally:
-            os.close(write)
-            os.close(null)
-        loop = asyncio.get_running_loop()
-        reader = asyncio.StreamReader()
-        pipe, _ = await loop.connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(read, "rb", 0)
-        )
-        try:
-            async with asyncio.timeout(limit):
-                output = await reader.read(_OUTPUT_LIMIT)
-                return await ended, output.decode(errors="replace")
-        finally:
-            pipe.close()
+        await Prober(container, health, perform, failed, self._wake.set).run()
 
     # The API.
 
     def _name(self) -> str:
         return f"{self.pod['metadata']['namespace']}/{self.pod['metadata']['name']}"
 
+    def _id(self) -> str:
+        return f"{self.pod['metadata']['name']}_{self.pod['metadata']['namespace']}({self.uid})"
+
     def _event(self, kind: str, reason: str, message: str, container: str = "") -> None:
         self.node.recorder.record(self.pod, kind, reason, message, container)
 
     async def _tell(self) -> None:
         """Write the pod's status if it changed."""
+        if self._over:
+            return  # it ended in an earlier life of the machine; the API knows more than we do
         crashes = {name: max(0, state.crashes - 1) for name, state in self.containers.items()}
-        where = podstatus.Addresses(self._address, self.node.address)
-        made = podstatus.status(self.pod, self._view(), where, crashes, time.time(), self._stopped_message)
+        where = podstatus.Addresses(self.execution.address, self.node.address)
         before = self.pod.get("status") or {}
-        if all(before.get(key) == value for key, value in made.items()):
-            return
-        if self._status == made:
+        made = podstatus.status(self.pod, self._view(), where, crashes, time.time(), self._stopped_message)
+        if made == self._told or all(before.get(key) == value for key, value in made.items()):
             return
         metadata = self.pod["metadata"]
         # A merge patch leaves what it does not name: what must go is named as null.
@@ -442,7 +456,8 @@ class PodWorker:
             self.pod = await self.node.client.patch(
                 PODS, metadata["name"], patch, metadata["namespace"], subresource="status"
             )
-            self._status = made
         except ApiError as error:
             if error.code not in (404, 409):
                 raise
+            return
+        self._told = made
