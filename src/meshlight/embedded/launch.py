@@ -24,6 +24,12 @@ from meshlight.embedded.layout import Layout, Record, start_time
 DEFAULT_API_PORT = 6443
 _TOOLS = {"ip": "iproute2", "nft": "nftables", "unshare": "util-linux", "nsenter": "util-linux"}
 
+_USER = ("--user", "--map-root-user", "--net", "--mount")
+_OVERLAY_TRIAL = (
+    "mount -t tmpfs tmpfs /run && mkdir /run/upper /run/work /run/merged && mount -t overlay overlay "
+    "-o lowerdir=/,upperdir=/run/upper,workdir=/run/work,userxattr /run/merged"
+)
+
 
 class LaunchError(Exception):
     """The cluster cannot be started or stopped; the message says why and what to do."""
@@ -39,7 +45,7 @@ def missing_requirements() -> list[str]:
     ]
     if os.geteuid() != 0 and not missing:
         tried = subprocess.run(
-            ["unshare", "--user", "--map-root-user", "--net", "--mount", "true"],
+            ["unshare", *_USER, "true"],
             capture_output=True,
             text=True,
         )
@@ -47,6 +53,11 @@ def missing_requirements() -> list[str]:
             missing.append(
                 "user namespaces are not permitted to you on this kernel: run as root, or allow them "
                 f"(sysctl user.max_user_namespaces, or your AppArmor policy): {tried.stderr.strip()}"
+            )
+        elif subprocess.run(["unshare", *_USER, "sh", "-c", _OVERLAY_TRIAL], capture_output=True).returncode:
+            missing.append(
+                "your user namespace may not overlay / here (the kernel locks the mounts below it), and pods "
+                "need that: run as root"
             )
     return missing
 
