@@ -87,6 +87,7 @@ def _builtin(
             special = {
                 "log": ("get", kind, "", "v1"),
                 "exec": ("get", "PodExecOptions", "", "v1"),
+                "attach": ("get", "PodAttachOptions", "", "v1"),
                 "portforward": ("get", "PodPortForwardOptions", "", "v1"),
                 "binding": ("create", "Binding", "", "v1"),
                 "eviction": ("create", "Eviction", "policy", "v1"),
@@ -107,7 +108,7 @@ BUILTIN: tuple[ResourceType, ...] = (
     _builtin("v1", "namespaces", "Namespace", "ns", namespaced=False, sub="status finalize"),
     _builtin("v1", "nodes", "Node", "no", namespaced=False, sub="status"),
     _builtin("v1", "pods", "Pod", "po", category="all",
-             sub="status log exec portforward binding eviction"),
+             sub="status log exec attach portforward binding eviction"),
     _builtin("v1", "services", "Service", "svc", category="all", sub="status"),
     _builtin("v1", "serviceaccounts", "ServiceAccount", "sa", sub="token"),
     _builtin("v1", "configmaps", "ConfigMap", "cm"),

@@ -85,7 +85,8 @@ class KubeletProxy:
         if self._session is not None:
             await self._session.close()
 
-    def _connections(self) -> aiohttp.ClientSession:
+    def connections(self) -> aiohttp.ClientSession:
+        """Connections to kubelets, made with the API server's client certificate."""
         if self._session is None:
             connector = aiohttp.TCPConnector(ssl=self._context, limit=0)
             timeout = aiohttp.ClientTimeout(total=None, connect=5)
@@ -100,7 +101,7 @@ class KubeletProxy:
         url = f"{endpoint(node)}/containerLogs/{metadata['namespace']}/{metadata['name']}/{container}"
         query = {key: request.query[key] for key in LOG_OPTIONS if key in request.query}
         try:
-            async with self._connections().get(url, params=query) as upstream:
+            async with self.connections().get(url, params=query) as upstream:
                 if upstream.status >= 400:
                     raise StatusError(upstream.status, "BadRequest", (await upstream.text()).strip())
                 response = web.StreamResponse(headers={"Content-Type": "text/plain"})

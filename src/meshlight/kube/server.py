@@ -26,7 +26,7 @@ import uvloop
 import yaml
 from aiohttp import web
 
-from meshlight.kube import decoding, deletion, discovery, openapi, protobuf_wire, tables, watch
+from meshlight.kube import decoding, deletion, discovery, kubelet_streams, openapi, protobuf_wire, tables, watch
 from meshlight.kube.authentication import User, from_certificate, unauthorized
 from meshlight.kube.authorization import Attributes, Authorizer, node_may_touch
 from meshlight.kube.bootstrap import bootstrap
@@ -232,6 +232,8 @@ class Server:
         match request.method:
             case "GET" if target.subresource == "log":
                 return await self._logs(request, target)
+            case "GET" | "POST" if target.subresource in kubelet_streams.SUBRESOURCES:
+                return await self._stream(request, target)
             case "GET" if target.name:
                 obj = self.rest.get(target)
                 return answer(self._shown(request, target, [obj], obj))
@@ -252,12 +254,20 @@ class Server:
                 return await self._delete(request, target)
         raise web.HTTPMethodNotAllowed(request.method, ["GET", "POST", "PUT", "PATCH", "DELETE"])
 
-    async def _logs(self, request: web.Request, target: Target) -> web.StreamResponse:
+    def _placed(self, target: Target) -> tuple[Object, Object]:
+        """A pod and its node. Raises StatusError."""
         pod = self.rest.get(Target(target.served, target.namespace, target.name))
         node = self.rest.core_object("nodes", "", pod["spec"].get("nodeName", ""))
         if node is None:
             raise bad_request(f"pod {target.name} does not have a host assigned")
-        return await self.kubelets.logs(request, pod, node)
+        return pod, node
+
+    async def _logs(self, request: web.Request, target: Target) -> web.StreamResponse:
+        return await self.kubelets.logs(request, *self._placed(target))
+
+    async def _stream(self, request: web.Request, target: Target) -> web.StreamResponse:
+        connections = self.kubelets.connections()
+        return await kubelet_streams.serve(connections, request, target.subresource, *self._placed(target))
 
     def _list(self, request: web.Request, target: Target) -> web.Response:
         query = request.query

@@ -48,7 +48,8 @@ class Recorder:
         if metadata.get("namespace"):
             involved["namespace"] = metadata["namespace"]
         if container:
-            involved["fieldPath"] = f"spec.containers{{{container}}}"
+            initial = any(c["name"] == container for c in obj["spec"].get("initContainers") or [])
+            involved["fieldPath"] = f"spec.{'initContainers' if initial else 'containers'}{{{container}}}"
         key = (metadata["uid"], container, kind, reason, message)
         if self._queue.full():
             self._queue.get_nowait()

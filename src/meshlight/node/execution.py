@@ -114,7 +114,9 @@ class Execution:
         wanted = program(pod, container, image_program, env, self.node.machine, around)
         await sandbox.start(name, attempt, wanted, {"crashes": crashes})
         who = identity(pod, security(pod, container), self.node.machine)
-        return Started("file://" + wanted.argv[0], who.ignored)
+        return Started(
+            "file://" + (shutil.which(wanted.argv[0], path=env.get("PATH")) or wanted.argv[0]), who.ignored
+        )
 
     def _surroundings(self, pod: Object, container: Object, attempt: int, mounts: list[Mount]) -> Surroundings:
         name = container["name"]

@@ -18,7 +18,7 @@ from aiohttp import web
 from meshlight.node import portforward, streaming
 from meshlight.node.containers import ContainerState
 from meshlight.node.logfile import LogOptions, stream
-from meshlight.node.runtime import Sandbox
+from meshlight.node.runtime import Sandbox, SandboxError
 from meshlight.node.worker import PodWorker
 
 MASTERS = "system:masters"
@@ -126,7 +126,10 @@ class KubeletApi:
         async def spawn(stdin: int, stdout: int, stderr: int, tty: bool) -> Awaitable[int]:
             return await execution.spawn(sandbox, target.container, argv, stdin, stdout, stderr, tty)
 
-        return await streaming.execute(request, spawn)
+        try:
+            return await streaming.execute(request, spawn, lambda: sandbox.terminal(target.container))
+        except SandboxError as error:
+            raise web.HTTPBadRequest(text=str(error)) from error
 
     async def _attach(self, request: web.Request) -> web.StreamResponse:
         target = self._target(request)

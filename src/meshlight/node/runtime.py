@@ -286,6 +286,11 @@ class Sandbox:
         made.setblocking(False)
         return made
 
+    async def terminal(self, name: str) -> tuple[int, int]:
+        """Both ends of a new terminal of a running container, the caller closes them: (leader, follower)."""
+        _, descriptors = await self._ask("pty", name=name)
+        return descriptors[0], descriptors[1]
+
     async def stdin(self, name: str) -> int | None:
         """A descriptor that writes to a running container's stdin, if it has one; the caller closes it."""
         _, descriptors = await self._ask("stdin", name=name)

@@ -7,7 +7,8 @@ connects; it decides nothing by itself. It knows nothing of Kubernetes objects.
 
 Requests (with `id`; each is answered by `{id, …}` or `{id, error, reason}`):
 `start {name, attempt, spec}`, `signal {name, signal}`, `kill {name}`, `exec {name, spec}` with three
-descriptors, `socket {}` (answers with a TCP socket of the pod's namespace), `stop {}`.
+descriptors, `stop {}`. Answered with descriptors: `socket {}` (a TCP socket of the pod's namespace),
+`pty {name}` (both ends of a terminal), `stdin {name}` (the writing end of a container's stdin).
 Events: `{event: "containers", containers: […]}` at connection, `{event: "exited", …record}`,
 `{event: "exec-exited", exec, code}`.
 """
@@ -34,7 +35,7 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
 MS_BIND, MS_REC, MS_PRIVATE, MS_RELATIME = 4096, 16384, 1 << 18, 1 << 21
 MNT_DETACH = 2
 PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 4, 24, 38
-TIOCSCTTY = 0x540E
+TIOCSCTTY, TIOCSPTLCK, TIOCGPTPEER = 0x540E, 0x40045431, 0x5441
 CHUNK = 65536
 LINE_LIMIT = 16384
 """Bytes of a log line after which it is written as a partial one, as CRI runtimes do."""
@@ -470,6 +471,12 @@ class Sandbox:
             connection.send({"id": number})
             os._exit(0)  # the kernel ends every process of the namespace with its pid 1
         container = self._running(request["name"])
+        if operation == "pty":
+            pair = self._terminal(container)
+            connection.send({"id": number}, pair)
+            for each in pair:
+                os.close(each)
+            return
         if operation == "signal":
             os.kill(container.pid, request["signal"])
         elif operation == "kill":
@@ -484,6 +491,18 @@ class Sandbox:
         if not attempts or not attempts[-1].running:
             raise ProcessLookupError(f"container {name} is not running")
         return attempts[-1]
+
+    def _terminal(self, container: Container) -> list[int]:
+        """Both ends of a new terminal of the container's own devpts."""
+        path = f"{container.pid}/root/dev/pts/ptmx"
+        leader = os.open(path, os.O_RDWR | os.O_NOCTTY, dir_fd=self.proc)
+        try:
+            fcntl.ioctl(leader, TIOCSPTLCK, bytes(4))
+            follower = fcntl.ioctl(leader, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+        except OSError:
+            os.close(leader)
+            raise
+        return [leader, follower]
 
     def _fork(
         self,

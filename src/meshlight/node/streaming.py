@@ -31,6 +31,8 @@ _CHUNK = 32 * 1024
 
 Spawn = Callable[[int, int, int, bool], Awaitable[Awaitable[int]]]
 """(stdin, stdout, stderr, tty) to the future exit code."""
+OpenTerminal = Callable[[], Awaitable[tuple[int, int]]]
+"""A new terminal in the container: (our end, the program's end)."""
 
 
 def ended(code: int) -> Object:
@@ -128,19 +130,18 @@ def _set_size(terminal: int, content: bytes) -> None:
         fcntl.ioctl(terminal, termios.TIOCSWINSZ, packed)
 
 
-async def execute(request: web.Request, spawn: Spawn) -> web.WebSocketResponse:
-    """Run a command for a client, with the streams that it asked for."""
+async def execute(request: web.Request, spawn: Spawn, terminal_of: OpenTerminal) -> web.WebSocketResponse:
+    """Run a command for a client, with the streams that it asked for. Raises SandboxError before it begins."""
     tty = _asked(request, "tty")
     with_stdin = _asked(request, "input", "stdin")
+    terminal, follower = await terminal_of() if tty else (-1, -1)
     ws = web.WebSocketResponse(protocols=PROTOCOLS, heartbeat=30)
     await ws.prepare(request)
     null = os.open(os.devnull, os.O_RDWR)
     theirs: list[int] = []
     shown: list[tuple[int, int]] = []
     typed: _Input | None = None
-    terminal = -1
     if tty:
-        terminal, follower = os.openpty()
         theirs = [follower]
         streams = (follower, follower, follower)
         shown = [(STDOUT, os.dup(terminal))]
