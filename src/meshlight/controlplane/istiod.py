@@ -106,11 +106,12 @@ class Istiod:
             )
             group.create_task(_follow(config_maps))
             group.create_task(roots.run())
-            await self._open_grpc(stack, group, self._authority)
             await asyncio.gather(*(cache.synced.wait() for cache in self._caches.values()))
             self._discovery.start()
             group.create_task(self._discovery.run())
             group.create_task(self._status.run())
+            # Only now: which identities a node may have is known once all pods are.
+            await self._open_grpc(stack, group, self._authority)
             log.info("istiod ready", objects={k: len(c.objects) for k, c in self._caches.items()})
 
     async def _open_grpc(
@@ -143,12 +144,17 @@ class Istiod:
 
 
 async def _follow(cache: Cache) -> None:
-    """Keep a cache current; a refusal (a kind not installed yet, a right not granted yet) is retried."""
+    """Keep a cache current; a refusal (a kind not installed yet, a right not granted yet) is retried.
+
+    One that comes later ends istiod: deletions would be missed, and only a fresh start is exact.
+    """
     delay = 0.5
     while True:
         try:
             await cache.run()
         except ApiError as error:
+            if cache.synced.is_set():
+                raise
             log.warn("cannot watch", resource=cache.resource.plural, code=error.code, error=str(error))
         await asyncio.sleep(delay)
         delay = min(delay * 2, 5)
