@@ -51,10 +51,9 @@ def links() -> None:
     again.remove("b")
     again.remove("b")
     assert not netns.exists("b") and again.pod("d").address == b.address
-    started = time.monotonic()
     for number in range(20):
         again.pod(f"many-{number}")
-    assert (time.monotonic() - started) / 20 < 0.1, "a pod's network takes milliseconds"
+    assert {f"many-{number}" for number in range(20)} <= set(again.inside(again.network.existing))
 
 
 def many_at_once() -> None:
