@@ -1,4 +1,4 @@
-"""Programs that pods of the tests run: echo server, held connection, short connections, sniffer."""
+"""Programs that pods of the tests run: echo server; held, short and single connections; sniffer."""
 
 from __future__ import annotations
 
@@ -67,6 +67,17 @@ def load(host: str, port: int) -> None:
             print(json.dumps({"done": done, "failed": failed}), flush=True)
 
 
+def once(host: str, port: int) -> None:
+    """Connect as the very first act, send the marker, check the echo, end."""
+    with socket.create_connection((host, port), timeout=10) as connection:
+        connection.sendall(MARKER)
+        connection.shutdown(socket.SHUT_WR)
+        answer = b""
+        while part := connection.recv(4096):
+            answer += part
+    sys.exit(answer != MARKER)
+
+
 def sniff(interface: str) -> None:
     """Count packets by what they show: the marker in clear, or TLS records to port 15008."""
     capture = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.ntohs(3))
@@ -102,5 +113,7 @@ if __name__ == "__main__":
             hold(rest[0], int(rest[1]))
         case "load":
             load(rest[0], int(rest[1]))
+        case "once":
+            once(rest[0], int(rest[1]))
         case "sniff":
             sniff(rest[0])

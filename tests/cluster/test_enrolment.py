@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Cluster, pod, service, wait_until
@@ -154,3 +157,72 @@ def test_strict_refuses_plaintext_from_outside_the_mesh(cluster: Cluster, namesp
         "mTLS goes on",
     )
     assert last(cluster, namespace, "inside", "done")["failed"] == before["failed"]
+
+
+@contextmanager
+def frozen_ztunnel(cluster: Cluster, node: str) -> Iterator[None]:
+    """The node's ztunnel does not act meanwhile."""
+    theirs = f"NODE_NAME={node}\0".encode()
+    pids = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # processes come and go
+            if b"meshlight-ztunnel" in (entry / "cmdline").read_bytes():
+                pids += [int(entry.name)] if theirs in (entry / "environ").read_bytes() else []
+    assert len(pids) == 1, pids
+    os.kill(pids[0], signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pids[0], signal.SIGCONT)
+
+
+def test_a_new_pods_first_connection_is_in_the_mesh(cluster: Cluster, namespace: str) -> None:
+    """Init containers and main containers alike wait for ztunnel: their first act goes through it."""
+    nodes = [n["metadata"]["name"] for n in cluster.get("nodes")["items"]]
+    python = sys.executable
+    cluster.kubectl("label", "namespace", namespace, "istio.io/dataplane-mode=ambient")
+    cluster.apply(pod("echo", namespace, [python, PROGRAMS, "serve", "7000"], nodeName=nodes[0]))
+    cluster.kubectl("wait", "-n", namespace, "--for=condition=Ready", "pod/echo", "--timeout=60s")
+    address = cluster.get("pod", "echo", "-n", namespace)["status"]["podIP"]
+    wait_until(lambda: protocols(cluster, namespace) == {"HBONE"}, 30, "the server on HBONE")
+    connect = [python, PROGRAMS, "once", address, "7000"]
+    init = [{"name": "init", "image": "local/program", "command": connect}]
+
+    def clients() -> list[dict[str, Any]]:
+        return [
+            p["status"]
+            for p in cluster.get("pods", "-n", namespace)["items"]
+            if p["metadata"]["name"] != "echo"
+        ]
+
+    def ended() -> bool:
+        phases = [status["phase"] for status in clients()]
+        assert "Failed" not in phases, cluster.kubectl("logs", "-n", namespace, "-l", "app")
+        return phases == ["Succeeded"] * 4
+
+    with sniffing(cluster, nodes[1]) as sniffer:
+        sniffer.counts()
+        with frozen_ztunnel(cluster, nodes[1]):
+            cluster.apply(
+                *(
+                    pod(
+                        f"c-{n}",
+                        namespace,
+                        connect,
+                        nodeName=nodes[1],
+                        restartPolicy="Never",
+                        initContainers=init,
+                    )
+                    for n in range(4)
+                )
+            )
+            wait_until(lambda: all(s.get("podIP") for s in clients()), 30, "their networks")
+            # Another pod of the node, outside the mesh, starts and ends meanwhile.
+            outside = pod("out", "default", ["true"], nodeName=nodes[1], restartPolicy="Never")
+            cluster.apply(outside)
+            cluster.kubectl("wait", "pod/out", "--for=jsonpath={.status.phase}=Succeeded", "--timeout=60s")
+            cluster.kubectl("delete", "pod", "out", "--wait=false")
+            assert all("waiting" in s["initContainerStatuses"][0]["state"] for s in clients())
+        wait_until(ended, 60, "every pod to have connected twice")
+        wait_until(lambda: sniffer.counts()["hbone"] >= 16, 30, "TLS records on 15008")
+        assert sniffer.counts()["clear"] == 0

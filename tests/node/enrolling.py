@@ -69,6 +69,9 @@ class Api:
         self.put(resource, obj)
         return obj
 
+    async def get(self, resource: Resource, name: str) -> dict[str, Any]:
+        return next(o for o in self.objects[resource].values() if o["metadata"]["name"] == name)
+
     async def create(self, resource: Resource, obj: dict[str, Any]) -> dict[str, Any]:
         self.objects[resource][str(len(self.objects[resource]))] = obj
         return obj
@@ -118,6 +121,21 @@ class Agent:
 
     def do(self, work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(10)
+
+    def admits(self, obj: dict[str, Any]) -> bool:
+        """Whether the kubelet may start a pod's first process now."""
+        return not self.do(self.enrolment.holds(obj, lambda: None))
+
+    def admit(self, obj: dict[str, Any]) -> None:
+        """Wait as the kubelet does: ask, and ask again when woken."""
+
+        async def body() -> None:
+            woken = asyncio.Event()
+            while await self.enrolment.holds(obj, woken.set):
+                await woken.wait()
+                woken.clear()
+
+        self.do(body())
 
     def stop(self) -> None:
         self.loop.call_soon_threadsafe(self.task.cancel)
@@ -291,7 +309,7 @@ def restarts() -> None:
 
 
 def new_pods() -> None:
-    """A new pod's first connection is captured; without ztunnel it goes plaintext, and an Event says so."""
+    """A new pod waits until its first connection is captured; without ztunnel an Event says so."""
     one, two, api, uds = lab()
     early, peer = one.pod("early"), two.pod("peer")
     for pod in (early, peer):
@@ -303,25 +321,38 @@ def new_pods() -> None:
     assert event["reason"] == "WaitingForZtunnel" and event["involvedObject"]["name"] == "early"
     assert early.ask(peer.address, 80) and not redirection.redirected(early.path)
     assert not api.enrolled("early")
+    fresh = one.pod("fresh")
+    waiting = api.pod(fresh)
+    assert not agent.admits(waiting), "nothing leaks in clear while ztunnel is away"
+    wait_until(lambda: len(api.objects[EVENTS]) == 2, "an Event for the new one")
+    assert "do not start" in list(api.objects[EVENTS].values())[-1]["message"]
     ztunnel = Ztunnel(uds, refuse=2)
+    agent.admit(waiting)
+    assert captured(fresh, peer, ztunnel) and api.enrolled("fresh")
     wait_until(lambda: api.enrolled("early"), "enrolment once ztunnel is there, and willing")
-    assert ztunnel.told.count("add early") == 3 and captured(early, peer, ztunnel)
+    assert captured(early, peer, ztunnel)
     # As the kubelet starts a pod: its network, then this, then its containers.
     obj = api.pod(Pod("new", ""), podIP=None)
     new = one.pod("new")
-    agent.do(agent.enrolment.prepare(obj))
+    agent.admit(obj)
     assert captured(new, peer, ztunnel), "before the API knows its address"
-    wait_until(lambda: api.enrolled("new"), "the announcement")
+    assert api.enrolled("new")
     # Its network is made anew, as after the end of its sandbox.
     one.remove("new")
     new = one.pod("new")
-    agent.do(agent.enrolment.prepare(obj))
+    agent.admit(obj)
     assert ztunnel.told[-2:] == ["del new", "add new"] and captured(new, peer, ztunnel)
     # Pods that stay out.
     out = one.pod("out")
     labelled = api.pod(out)
     labelled["metadata"]["labels"] = {DATAPLANE_MODE: "none"}
     api.put(PODS, labelled)
-    agent.do(agent.enrolment.prepare(labelled))
+    assert agent.admits(labelled)
     assert not redirection.redirected(out.path)
+    # The label goes while a pod waits.
+    ztunnel.die()
+    late = api.pod(one.pod("late"))
+    assert not agent.admits(late)
+    api.label("")
+    agent.admit(late)
     agent.stop()

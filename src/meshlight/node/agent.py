@@ -14,9 +14,10 @@ import aiohttp
 
 from meshlight.kube.client import ApiError, Client
 from meshlight.kube.resources import CONFIG_MAPS, PODS, Object
-from meshlight.node import enrolment, images, service_proxy
+from meshlight.node import images, service_proxy
 from meshlight.node.cgroups import Cgroups
 from meshlight.node.context import NodeContext
+from meshlight.node.enrolment import Enrolment
 from meshlight.node.events import Recorder, log
 from meshlight.node.kubelet_api import KubeletApi
 from meshlight.node.network import PodNetwork, run_routes
@@ -57,6 +58,7 @@ class Agent:
             (self.node.address, KUBELET_PORT), pki / f"{stem}.crt", pki / f"{stem}.key", pki / "ca.crt"
         )
         timeout = aiohttp.ClientTimeout(total=None)
+        enrolment = Enrolment(self.client, self.node.name, run / "hostfs" / ZTUNNEL_SOCKET)
         async with aiohttp.ClientSession(timeout=timeout) as http:
             context = NodeContext(
                 self.client,
@@ -71,9 +73,9 @@ class Agent:
                 http,
                 self.images,
                 Cgroups(cgroup_label(self.state)),
+                enrolment,
             )
             registration = Registration(self.client, self.node, self.state, self.recorder)
-            uds = run / "hostfs" / ZTUNNEL_SOCKET
             try:
                 async with asyncio.TaskGroup() as group:
                     for name, work in (
@@ -81,7 +83,7 @@ class Agent:
                         ("registration", registration.run),
                         ("routes", lambda: run_routes(self.client, self.node.name)),
                         ("services", lambda: service_proxy.run(self.client, self.node.name)),
-                        ("enrolment", lambda: enrolment.run(self.client, self.node.name, uds)),
+                        ("enrolment", enrolment.run),
                         ("images", self._follow_images),
                         ("pods", lambda: self._follow_pods(context)),
                     ):

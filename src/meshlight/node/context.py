@@ -11,6 +11,7 @@ import aiohttp
 
 from meshlight.kube.client import Client
 from meshlight.node.cgroups import Cgroups
+from meshlight.node.enrolment import Enrolment
 from meshlight.node.events import Recorder
 from meshlight.node.network import PodNetwork
 from meshlight.node.references import References
@@ -35,6 +36,7 @@ class NodeContext:
     http: aiohttp.ClientSession
     image_mapping: Mapping[str, str]
     cgroups: Cgroups
+    enrolment: Enrolment
     starts: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_STARTS_AT_ONCE))
     """Bounds how many pods start at the same time, so that a boot does not thrash."""
 

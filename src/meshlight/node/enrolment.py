@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import datetime
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -31,8 +32,8 @@ REDIRECTION = "ambient.istio.io/redirection"
 SIDECAR_STATUS = "sidecar.istio.io/status"
 DRAIN = 5.0
 """Seconds for which a pod that left keeps its listeners: for peers that have not heard of it yet."""
-PREPARE_TIMEOUT = 3.0
-"""Seconds that a new pod's containers wait for their redirection at most."""
+UNHELD = "kube-system"
+"""Its pods start before they are in the mesh: ztunnel itself needs the cluster's DNS."""
 _CONCURRENT = 4
 """Pods whose rules are written at the same time."""
 _RETRY, _RETRY_MOST, _NETWORK_POLL_MOST = 0.1, 10.0, 1.0
@@ -106,6 +107,12 @@ def wanted(pod: Object, namespace_mode: str | None) -> bool:
     return bool(labels.get(DATAPLANE_MODE, namespace_mode) == "ambient")
 
 
+def _mode_of(namespace: Object) -> str | None:
+    """A namespace's own data-plane mode."""
+    mode: str | None = (namespace["metadata"].get("labels") or {}).get(DATAPLANE_MODE)
+    return mode
+
+
 def announced(pod: Object) -> bool:
     """Whether the pod's annotation says that it is redirected."""
     return (pod["metadata"].get("annotations") or {}).get(REDIRECTION) == "enabled"
@@ -123,7 +130,7 @@ class _Pod:
         self.refusal = ""
         self.waiting_told = False
         self.changed = asyncio.Event()
-        self.captured = asyncio.Event()
+        self.wake: Callable[[], None] | None = None
 
     @property
     def uid(self) -> str:
@@ -149,6 +156,17 @@ class _Pod:
                 self.standing.asked = self.standing.listening = self.standing.redirected = False
             self.network = network
 
+    @property
+    def in_mesh(self) -> bool:
+        """Whether its new connections are captured and istiod knows."""
+        return self.standing.redirected and self.standing.announced
+
+    def release(self) -> None:
+        """Tell whoever holds the pod's first process to ask again."""
+        wake, self.wake = self.wake, None
+        if wake is not None:
+            wake()
+
     def enrolled(self) -> EnrolledPod:
         """What ztunnel is told of it."""
         metadata = self.object["metadata"]
@@ -165,6 +183,7 @@ class Enrolment:
         self._zds = ZdsServer(uds, self._answered, self._connection_changed)
         self._namespaces = Cache(client, NAMESPACES)
         self._pods: dict[str, _Pod] = {}
+        self._early: list[Callable[[], None]] = []  # who asked before anything was known
         self._tasks: asyncio.TaskGroup | None = None
         self._turns = asyncio.Semaphore(_CONCURRENT)
 
@@ -189,26 +208,37 @@ class Enrolment:
             self._tasks = tasks
             for pod in list(self._pods.values()):
                 tasks.create_task(self._keep(pod))
+            early, self._early = self._early, []
+            for wake in early:
+                wake()
             tasks.create_task(self._zds.run())
 
-    async def prepare(self, obj: Object) -> None:
-        """To be awaited between the making of a pod's network and the start of its containers.
+    async def holds(self, obj: Object, wake: Callable[[], None]) -> bool:
+        """Whether a pod that has its network, but ran nothing yet, must wait for the mesh to take it in.
 
-        Returns once the pod's traffic is redirected, so that its first connection is in the mesh; at
-        once if it does not belong there or ztunnel is away, and after PREPARE_TIMEOUT in any case.
+        A pod that belongs in the mesh starts when its connections are captured and istiod knows, however
+        long ztunnel is away: its first connection must not leak in clear. `wake` is called when the answer
+        may have changed. Raises ApiError, ApiUnreachable.
         """
-        if not wanted(obj, self._mode(obj["metadata"]["namespace"])):
-            return
+        metadata = obj["metadata"]
+        if metadata["namespace"] == UNHELD or not wanted(obj, "ambient"):
+            return False
+        if self._tasks is None:
+            self._early.append(wake)
+            return True
+        mode = self._mode(metadata["namespace"])
+        if mode != "ambient":  # the label may be younger than what the watch has told
+            mode = _mode_of(await self._client.get(NAMESPACES, metadata["namespace"]))
+        if not wanted(obj, mode):
+            return False
         pod = self._learn(obj)
         pod.prepared = True
         pod.notice_network()
-        if not pod.standing.redirected:
-            pod.captured.clear()
+        if pod.in_mesh:
+            return False
+        pod.wake = wake
         pod.changed.set()
-        if self._zds.connected:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(PREPARE_TIMEOUT):
-                    await pod.captured.wait()
+        return True
 
     async def _recover(self) -> None:
         """Learn from the kernel which pods an earlier agent left redirected, and keep those in the set."""
@@ -230,7 +260,7 @@ class Enrolment:
 
     def _mode(self, namespace: str) -> str | None:
         found = self._namespaces.get(namespace)
-        return (found["metadata"].get("labels") or {}).get(DATAPLANE_MODE) if found else None
+        return _mode_of(found) if found else None
 
     def _learn(self, obj: Object) -> _Pod:
         uid = obj["metadata"]["uid"]
@@ -287,9 +317,12 @@ class Enrolment:
                 continue
             if not pod.gone:
                 pod.notice_network()
+            belongs = wanted(pod.object, self._mode(pod.object["metadata"]["namespace"]))
+            if pod.wake and (pod.in_mesh or not belongs or pod.gone):
+                pod.release()
             step = next_step(
                 pod.standing,
-                wanted=wanted(pod.object, self._mode(pod.object["metadata"]["namespace"])),
+                wanted=belongs,
                 networked=pod.networked(),
                 gone=pod.gone,
                 now=time.monotonic(),
@@ -297,7 +330,6 @@ class Enrolment:
             try:
                 if step is Step.END:
                     self._pods.pop(pod.uid, None)
-                    pod.captured.set()
                     return
                 if step is Step.REST:
                     await pod.changed.wait()
@@ -334,7 +366,6 @@ class Enrolment:
                 async with self._turns:
                     await netns.within(None, lambda: redirection.apply(path))
                 standing.redirected = True
-                pod.captured.set()
                 log("info", "pod redirected", **pod.where)
             case Step.ANNOUNCE:
                 await self._annotate(pod, "enabled")
@@ -344,7 +375,6 @@ class Enrolment:
                     with contextlib.suppress(FileNotFoundError):  # its network is gone already
                         await netns.within(None, lambda: redirection.flush(path))
                 standing.redirected = False
-                pod.captured.clear()
                 standing.drained_at = time.monotonic() + DRAIN
             case Step.WITHDRAW:
                 await self._annotate(pod, None)
@@ -365,6 +395,7 @@ class Enrolment:
         """An Event for whoever asks why the pod is not in the mesh yet; losing it does no harm."""
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         metadata = pod.object["metadata"]
+        consequence = "its containers do not start" if pod.wake else "the pod's traffic is plaintext"
         event = {
             "apiVersion": "v1",
             "kind": "Event",
@@ -378,7 +409,7 @@ class Enrolment:
             },
             "type": "Warning",
             "reason": "WaitingForZtunnel",
-            "message": f"ztunnel is not connected on {self._node}: the pod's traffic is plaintext until it is",
+            "message": f"ztunnel is not connected on {self._node}: {consequence} until it is",
             "count": 1,
             "firstTimestamp": now,
             "lastTimestamp": now,
@@ -388,8 +419,3 @@ class Enrolment:
         }
         with contextlib.suppress(ApiError, ApiUnreachable):
             await self._client.create(EVENTS, event)
-
-
-async def run(client: Client, node: str, uds: Path) -> None:
-    """Enrol this node's pods until cancelled; `uds` is where ztunnel connects. Raises ApiError."""
-    await Enrolment(client, node, uds).run()

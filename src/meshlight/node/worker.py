@@ -156,6 +156,8 @@ class PodWorker:
             if held and isinstance(action, lifecycle.CreateSandbox | lifecycle.Start):
                 decision.later(self._not_before)
                 continue
+            if isinstance(action, lifecycle.Start) and await self._held_by_mesh():
+                continue  # woken once its first connection would be captured
             progress = progress or not isinstance(action, lifecycle.Stop)
             if await self._act(action):
                 return None
@@ -271,6 +273,11 @@ class PodWorker:
                 await self._remove_everything()
                 return True
         return False
+
+    async def _held_by_mesh(self) -> bool:
+        """Whether nothing ran yet in the sandbox and its redirection is still to come."""
+        begun = any(s.last is not None and s.last.attempt >= s.floor for s in self.containers.values())
+        return not begun and await self.node.enrolment.holds(self.pod, self._wake.set)
 
     # Sandbox.
 
