@@ -22,8 +22,8 @@ def policy(**spec: Any) -> dict[str, Any]:
     ("spec", "accepted", "reason", "words"),
     [
         ({}, True, "Accepted", "attached to ztunnel"),
-        ({"rules": METHODS}, False, "UnsupportedValue", "allows nothing"),
-        ({"action": "DENY", "rules": METHODS}, False, "UnsupportedValue", "denies more"),
+        ({"rules": METHODS}, True, "UnsupportedValue", "allows nothing"),
+        ({"action": "DENY", "rules": METHODS}, True, "UnsupportedValue", "denies more"),
         ({"action": "AUDIT"}, False, "UnsupportedValue", "no effect"),
     ],
 )

@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 
 from meshlight.controlplane import facts, workload
 from meshlight.controlplane.facts import ObjectKey
+from meshlight.controlplane.policy import TrustDomains
 from meshlight.controlplane.policy_index import Effect, PolicyIndex, Selection
 from meshlight.controlplane.resources import (
     ADDRESS_TYPE,
@@ -62,7 +63,9 @@ class Index:
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
-        self.policies = PolicyIndex(mesh.root_namespace)
+        self.policies = PolicyIndex(
+            mesh.root_namespace, TrustDomains(mesh.trust_domain, mesh.trust_domain_aliases)
+        )
         self.collections = {type_url: Collection() for type_url in (AUTHORIZATION_TYPE, ADDRESS_TYPE)}
         self._pods: dict[ObjectKey, facts.Pod] = {}
         self._pods_by_namespace: Groups[str] = Groups()

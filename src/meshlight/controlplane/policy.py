@@ -21,6 +21,7 @@ from meshlight.kube.resources import Object
 from meshlight.proto import authorization_pb2 as rbac
 
 DRY_RUN = "istio.io/dry-run"
+LOCAL = "cluster.local"
 _SOURCE = {
     "principals", "notPrincipals", "namespaces", "notNamespaces", "ipBlocks", "notIpBlocks",
     "serviceAccounts", "notServiceAccounts",
@@ -41,13 +42,44 @@ class CompiledPolicy:
     """The outcome for one AuthorizationPolicy.
 
     `authorization` is None when the node proxy is not to see the policy. `selector` is None unless
-    the policy is attached to workloads by label.
+    the policy is attached to workloads by label. `origins` are the indices in `spec.rules` of the
+    compiled rules: a denial can so name the rule that its author wrote.
     """
 
     key: ObjectKey
     authorization: rbac.Authorization | None
     selector: tuple[tuple[str, str], ...] | None
     findings: tuple[Finding, ...]
+    origins: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TrustDomains:
+    """This mesh's trust domain and the earlier or other names (`trustDomainAliases`) that are as good."""
+
+    own: str = LOCAL
+    aliases: tuple[str, ...] = ()
+
+    def expand(self, principals: list[str] | None) -> list[str]:
+        """Principals with those of any of the mesh's own trust domains repeated under each of them.
+
+        `cluster.local` is every mesh's own name for itself. What names another domain stays as it is.
+        """
+        own = tuple(dict.fromkeys((self.own, *self.aliases)))
+        expanded: list[str] = []
+        for principal in principals or []:
+            domain, slash, rest = principal.partition("/")
+            if slash and domain in (*own, LOCAL):
+                expanded += [f"{name}/{rest}" for name in own]
+            else:
+                expanded.append(principal)
+        return list(dict.fromkeys(expanded))
+
+
+OWN_TRUST = TrustDomains()
+"""Of a mesh without a trust domain of its own."""
+
+_Part = tuple[str, Object, Callable[[Object, str], rbac.Match]]
 
 
 class _Unenforceable(Exception):
@@ -58,8 +90,8 @@ class _Unenforceable(Exception):
         self.finding = Finding(path, message)
 
 
-def compile_policy(obj: Object, root_namespace: str) -> CompiledPolicy:
-    """Compile one AuthorizationPolicy object."""
+def compile_policy(obj: Object, root_namespace: str, trust: TrustDomains = OWN_TRUST) -> CompiledPolicy:
+    """Compile one AuthorizationPolicy object; `trust` says which trust domains are this mesh's own."""
     spec, key = obj.get("spec") or {}, ObjectKey.of(obj)
     if spec.get("targetRefs") or spec.get("targetRef"):
         return CompiledPolicy(key, None, None, ())  # for waypoints
@@ -71,12 +103,14 @@ def compile_policy(obj: Object, root_namespace: str) -> CompiledPolicy:
     labels = (spec.get("selector") or {}).get("matchLabels") or {}
     selector = tuple(sorted(labels.items())) or None
     annotations = obj["metadata"].get("annotations") or {}
-    rules, findings = [], []
+    rules, findings, origins = [], [], []
+    compiler = _RuleCompiler(key.namespace, trust, deny=action == rbac.DENY)
     for index, rule in enumerate(spec.get("rules") or []):
-        compiled, found = _rule(rule or {}, f"spec.rules[{index}]", key.namespace, deny=action == rbac.DENY)
+        compiled, found = compiler.rule(rule or {}, f"spec.rules[{index}]")
         findings += found
         if compiled is not None:
             rules.append(compiled)
+            origins.append(index)
     if selector:
         scope = rbac.WORKLOAD_SELECTOR
     else:
@@ -89,27 +123,50 @@ def compile_policy(obj: Object, root_namespace: str) -> CompiledPolicy:
         rules=rules,
         dry_run=str(annotations.get(DRY_RUN, "")).lower() in ("true", "1", "t"),
     )
-    return CompiledPolicy(key, authorization, selector, tuple(findings))
+    return CompiledPolicy(key, authorization, selector, tuple(findings), tuple(origins))
 
 
-def _rule(rule: Object, path: str, namespace: str, *, deny: bool) -> tuple[rbac.Rule | None, list[Finding]]:
-    """One rule; None when it can match nothing."""
-    findings: list[Finding] = []
-    clauses: list[rbac.Clause] = []
+@dataclass(frozen=True, slots=True)
+class _RuleCompiler:
+    """What all rules of one policy have in common."""
 
-    def clause(parts: Sequence[tuple[str, Object, Callable[[Object, str], rbac.Match]]]) -> bool:
+    namespace: str
+    trust: TrustDomains
+    deny: bool
+
+    def rule(self, rule: Object, path: str) -> tuple[rbac.Rule | None, list[Finding]]:
+        """One rule; None when it can match nothing."""
+        findings: list[Finding] = []
+        clauses: list[rbac.Clause] = []
+        sources = [
+            (f"{path}.from[{i}].source", (entry or {}).get("source") or {}, self._source)
+            for i, entry in enumerate(rule.get("from") or [])
+        ]
+        operations = [
+            (f"{path}.to[{i}].operation", (entry or {}).get("operation") or {}, _operation)
+            for i, entry in enumerate(rule.get("to") or [])
+        ]
+        conditions = [
+            [(f"{path}.when[{i}]", entry or {}, self._condition)]
+            for i, entry in enumerate(rule.get("when") or [])
+        ]
+        alternatives: list[Sequence[_Part]] = [operations, sources, *conditions]
+        kept = [self._clause(parts, clauses, findings) for parts in alternatives]
+        return (rbac.Rule(clauses=clauses) if all(kept) else None), findings
+
+    def _clause(self, parts: Sequence[_Part], clauses: list[rbac.Clause], findings: list[Finding]) -> bool:
         """Add the clause any of whose parts must match; False when the rule is lost by it."""
         matches, always = [], False
-        for part_path, part, convert in parts:
-            known, found = _enforceable(part, part_path)
+        for path, part, convert in parts:
+            known, found = _enforceable(part, path)
             findings.extend(found)
-            if found and not deny:
+            if found and not self.deny:
                 return False
             try:
-                match = convert(known, part_path)
+                match = convert(known, path)
             except _Unenforceable as error:
                 findings.append(error.finding)
-                if not deny:
+                if not self.deny:
                     return False
                 always = True
                 continue
@@ -121,19 +178,45 @@ def _rule(rule: Object, path: str, namespace: str, *, deny: bool) -> tuple[rbac.
             clauses.append(rbac.Clause(matches=matches))
         return True
 
-    sources = [
-        (f"{path}.from[{i}].source", (entry or {}).get("source") or {}, _source(namespace))
-        for i, entry in enumerate(rule.get("from") or [])
-    ]
-    operations = [
-        (f"{path}.to[{i}].operation", (entry or {}).get("operation") or {}, _operation)
-        for i, entry in enumerate(rule.get("to") or [])
-    ]
-    conditions = [
-        (f"{path}.when[{i}]", entry or {}, _condition) for i, entry in enumerate(rule.get("when") or [])
-    ]
-    kept = [clause(operations), clause(sources), *(clause([condition]) for condition in conditions)]
-    return (rbac.Rule(clauses=clauses) if all(kept) else None), findings
+    def _source(self, source: Object, path: str) -> rbac.Match:
+        return rbac.Match(
+            principals=_strings(self.trust.expand(source.get("principals"))),
+            not_principals=_strings(self.trust.expand(source.get("notPrincipals"))),
+            namespaces=_strings(source.get("namespaces")),
+            not_namespaces=_strings(source.get("notNamespaces")),
+            source_ips=_blocks(source.get("ipBlocks"), f"{path}.ipBlocks"),
+            not_source_ips=_blocks(source.get("notIpBlocks"), f"{path}.notIpBlocks"),
+            service_accounts=_accounts(source.get("serviceAccounts"), self.namespace),
+            not_service_accounts=_accounts(source.get("notServiceAccounts"), self.namespace),
+        )
+
+    def _condition(self, condition: Object, path: str) -> rbac.Match:
+        values, others = condition.get("values"), condition.get("notValues")
+        here, there = f"{path}.values", f"{path}.notValues"
+        match condition.get("key"):
+            case "source.ip":
+                return rbac.Match(source_ips=_blocks(values, here), not_source_ips=_blocks(others, there))
+            case "source.namespace":
+                return rbac.Match(namespaces=_strings(values), not_namespaces=_strings(others))
+            case "source.principal":
+                wanted, unwanted = self.trust.expand(values), self.trust.expand(others)
+                return rbac.Match(principals=_strings(wanted), not_principals=_strings(unwanted))
+            case "source.serviceAccount":
+                return rbac.Match(
+                    service_accounts=_accounts(values, self.namespace),
+                    not_service_accounts=_accounts(others, self.namespace),
+                )
+            case "destination.ip":
+                return rbac.Match(
+                    destination_ips=_blocks(values, here), not_destination_ips=_blocks(others, there)
+                )
+            case "destination.port":
+                return rbac.Match(
+                    destination_ports=_ports(values, here), not_destination_ports=_ports(others, there)
+                )
+            case unknown:
+                message = f"{unknown} is an HTTP attribute, which only a waypoint can enforce"
+                raise _Unenforceable(f"{path}.key", message)
 
 
 def _enforceable(part: Object, path: str) -> tuple[Object, list[Finding]]:
@@ -147,48 +230,11 @@ def _enforceable(part: Object, path: str) -> tuple[Object, list[Finding]]:
     return {name: values for name, values in part.items() if name in allowed and values}, findings
 
 
-def _source(namespace: str) -> Callable[[Object, str], rbac.Match]:
-    def convert(source: Object, path: str) -> rbac.Match:
-        return rbac.Match(
-            principals=_strings(source.get("principals")),
-            not_principals=_strings(source.get("notPrincipals")),
-            namespaces=_strings(source.get("namespaces")),
-            not_namespaces=_strings(source.get("notNamespaces")),
-            source_ips=_blocks(source.get("ipBlocks"), f"{path}.ipBlocks"),
-            not_source_ips=_blocks(source.get("notIpBlocks"), f"{path}.notIpBlocks"),
-            service_accounts=_accounts(source.get("serviceAccounts"), namespace),
-            not_service_accounts=_accounts(source.get("notServiceAccounts"), namespace),
-        )
-
-    return convert
-
-
 def _operation(operation: Object, path: str) -> rbac.Match:
     return rbac.Match(
         destination_ports=_ports(operation.get("ports"), f"{path}.ports"),
         not_destination_ports=_ports(operation.get("notPorts"), f"{path}.notPorts"),
     )
-
-
-def _condition(condition: Object, path: str) -> rbac.Match:
-    values, others = condition.get("values"), condition.get("notValues")
-    here, there = f"{path}.values", f"{path}.notValues"
-    match condition.get("key"):
-        case "source.ip":
-            return rbac.Match(source_ips=_blocks(values, here), not_source_ips=_blocks(others, there))
-        case "source.namespace":
-            return rbac.Match(namespaces=_strings(values), not_namespaces=_strings(others))
-        case "source.principal":
-            return rbac.Match(principals=_strings(values), not_principals=_strings(others))
-        case "destination.ip":
-            return rbac.Match(destination_ips=_blocks(values, here), not_destination_ips=_blocks(others, there))
-        case "destination.port":
-            return rbac.Match(
-                destination_ports=_ports(values, here), not_destination_ports=_ports(others, there)
-            )
-        case unknown:
-            message = f"{unknown} is an HTTP attribute, which only a waypoint can enforce"
-            raise _Unenforceable(f"{path}.key", message)
 
 
 def _strings(values: list[str] | None) -> list[rbac.StringMatch]:

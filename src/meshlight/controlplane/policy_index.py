@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from meshlight.controlplane import peer_authentication as peer
 from meshlight.controlplane.facts import ObjectKey
 from meshlight.controlplane.peer_authentication import PeerAuthentication
-from meshlight.controlplane.policy import CompiledPolicy, compile_policy
+from meshlight.controlplane.policy import OWN_TRUST, CompiledPolicy, TrustDomains, compile_policy
 from meshlight.kube.resources import Object
 from meshlight.proto import authorization_pb2 as rbac
 
@@ -39,15 +39,16 @@ class Effect:
 class PolicyIndex:
     """Every AuthorizationPolicy and PeerAuthentication of the mesh."""
 
-    def __init__(self, root_namespace: str) -> None:
+    def __init__(self, root_namespace: str, trust: TrustDomains = OWN_TRUST) -> None:
         self.root_namespace = root_namespace
+        self._trust = trust
         self._compiled: dict[ObjectKey, CompiledPolicy] = {}
         self._selecting: defaultdict[str, dict[ObjectKey, CompiledPolicy]] = defaultdict(dict)
         self._peers: defaultdict[str, dict[ObjectKey, PeerAuthentication]] = defaultdict(dict)
 
     def set_authorization_policy(self, key: ObjectKey, obj: Object | None) -> Effect:
         """Take an AuthorizationPolicy, or its deletion."""
-        new = None if obj is None else compile_policy(obj, self.root_namespace)
+        new = None if obj is None else compile_policy(obj, self.root_namespace, self._trust)
         old = self._compiled.get(key)
         if old == new:
             return Effect()

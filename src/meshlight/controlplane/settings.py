@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 LOG_LEVELS = ("debug", "info", "warn", "error")
 
@@ -29,6 +30,41 @@ class ServiceAccount:
 
 
 @dataclass(frozen=True, slots=True)
+class NamespaceSelector:
+    """A label selector of namespaces (`discoverySelectors`): all labels and all expressions must hold."""
+
+    labels: tuple[tuple[str, str], ...]
+    expressions: tuple[tuple[str, str, frozenset[str]], ...]
+
+    @classmethod
+    def parse(cls, selector: Mapping[str, Any]) -> NamespaceSelector:
+        """Read a LabelSelector; raises ValueError for an operator that there is not, KeyError for a gap."""
+        expressions = []
+        for expression in selector.get("matchExpressions") or []:
+            operator = expression["operator"]
+            if operator not in ("In", "NotIn", "Exists", "DoesNotExist"):
+                raise ValueError(f"{operator!r} is not one of In, NotIn, Exists, DoesNotExist")
+            expressions.append((expression["key"], operator, frozenset(expression.get("values") or [])))
+        return cls(tuple(sorted((selector.get("matchLabels") or {}).items())), tuple(expressions))
+
+    def matches(self, labels: Mapping[str, str]) -> bool:
+        """Whether a namespace of these labels is selected."""
+        if any(labels.get(name) != value for name, value in self.labels):
+            return False
+        for key, operator, values in self.expressions:
+            present = key in labels
+            held = {
+                "In": present and labels[key] in values,
+                "NotIn": not present or labels[key] not in values,
+                "Exists": present,
+                "DoesNotExist": not present,
+            }[operator]
+            if not held:
+                return False
+        return True
+
+
+@dataclass(frozen=True, slots=True)
 class Mesh:
     """Names every part of the control plane agrees on."""
 
@@ -37,10 +73,16 @@ class Mesh:
     cluster_domain: str = "cluster.local"
     cluster_id: str = "Kubernetes"
     network: str = ""
+    trust_domain_aliases: tuple[str, ...] = ()
+    discovery_selectors: tuple[NamespaceSelector, ...] = ()
 
     def hostname(self, service: str, namespace: str) -> str:
         """The full name of a Kubernetes Service."""
         return f"{service}.{namespace}.svc.{self.cluster_domain}"
+
+    def discovers(self, labels: Mapping[str, str]) -> bool:
+        """Whether objects of a namespace of these labels are seen at all."""
+        return not self.discovery_selectors or any(s.matches(labels) for s in self.discovery_selectors)
 
 
 @dataclass(frozen=True, slots=True)

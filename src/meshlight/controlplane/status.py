@@ -1,7 +1,8 @@
 """Condition `ZtunnelAccepted` on AuthorizationPolicies: what became of a policy, where its author looks.
 
-False when something of it cannot be enforced as written, or when a node proxy refused it. Written
-only when it differs, so that any number of replicas agree without a leader.
+False when the node proxies do not have it: it is of an action they do not know, or one of them refused
+it. What cannot be enforced as written is named, field by field. Written only when it differs, so that any
+number of replicas agree without a leader.
 """
 
 from __future__ import annotations
@@ -35,23 +36,33 @@ class Verdict:
 
 
 def verdict(policy: CompiledPolicy, refusals: list[str]) -> Verdict | None:
-    """The verdict on a policy; None for one that the node proxies are not concerned with."""
+    """The verdict on a policy; None for one that the node proxies are not concerned with.
+
+    As in Istio, a policy of which a part cannot be enforced is accepted, with the reason UnsupportedValue.
+    """
     if policy.authorization is None and not policy.findings:
         return None
     if refusals:
         return Verdict(False, "Rejected", "refused by " + "; ".join(sorted(refusals)))
     if policy.findings:
         found = "; ".join(f"{finding.path}: {finding.message}" for finding in policy.findings)
-        return Verdict(False, "UnsupportedValue", f"{found}. {_consequence(policy)}")
+        accepted = policy.authorization is not None
+        return Verdict(accepted, "UnsupportedValue", f"{found}. {_consequence(policy)}")
     return Verdict(True, "Accepted", "attached to ztunnel")
 
 
 def _consequence(policy: CompiledPolicy) -> str:
     if policy.authorization is None:
-        return "The policy has no effect at the node proxy; use a waypoint and targetRefs."
+        return "The policy has no effect at ztunnel; bind it to a waypoint with targetRefs."
     if policy.authorization.action:
-        return "The rest of each such rule denies by itself, which denies more; use a waypoint and targetRefs."
-    return "Each such rule allows nothing; use a waypoint and targetRefs."
+        return (
+            "The rest of each such rule denies by itself, which denies more than is asked; to enforce it as "
+            "written, bind it to a waypoint with targetRefs."
+        )
+    return (
+        "Each such rule allows nothing, which allows less than is asked; to enforce it as written, bind it to "
+        "a waypoint with targetRefs."
+    )
 
 
 def conditions(obj: Object, wanted: Verdict | None, now: datetime.datetime) -> list[Object] | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from meshlight.kube import deletion, managed_fields, objects, patch, scale, service_addresses
+from meshlight.kube import deletion, managed_fields, objects, patch, scale, service_addresses, validation
 from meshlight.kube.catalog import Catalog, ResourceType
 from meshlight.kube.resources import Object
 from meshlight.kube.selectors import Predicate, fields, labels
@@ -145,6 +145,7 @@ class Rest:
         objects.apply_defaults(served, obj, created=True)
         objects.set_generation(served, None, obj)
         objects.validate(served, obj)
+        options.warnings.extend(validation.warnings(obj))
         if not applied:
             managed_fields.record_update(None, obj, served.structure, _writer(target, options))
         self._complete_service(target, obj, None)
@@ -286,6 +287,8 @@ class Rest:
         objects.apply_defaults(served, updated)
         objects.set_generation(served, old, updated)
         objects.validate(served, updated, old, subresource)
+        if not subresource:
+            options.warnings.extend(validation.warnings(updated))
         if applied:
             updated["metadata"]["managedFields"] = entries
         else:

@@ -11,9 +11,18 @@ from meshlight.kube import field_errors, structural
 from meshlight.kube.resources import Object
 from meshlight.kube.schema import Schema
 from meshlight.kube.status import Cause
-from meshlight.kube.validation import configuration, names, pods, services, workloads
+from meshlight.kube.validation import (
+    configuration,
+    istio_networking,
+    istio_security,
+    names,
+    pods,
+    services,
+    workloads,
+)
 
 Rule = Callable[[Object], list[Cause]]
+Warner = Callable[[Object], list[str]]
 UpdateRule = Callable[[Object, Object], list[Cause]]
 
 _RULES: dict[str, Rule] = {
@@ -54,6 +63,17 @@ _UPDATE_RULES: dict[str, UpdateRule] = {
     "ClusterRoleBinding": configuration.binding_update,
     "CustomResourceDefinition": configuration.resource_definition_update,
 }
+_CUSTOM_RULES: dict[tuple[str, str], Rule] = {
+    ("security.istio.io", "AuthorizationPolicy"): istio_security.authorization_policy,
+    ("security.istio.io", "PeerAuthentication"): istio_security.peer_authentication,
+    ("networking.istio.io", "ServiceEntry"): istio_networking.service_entry,
+    ("networking.istio.io", "WorkloadEntry"): istio_networking.workload_entry,
+}
+_CUSTOM_WARNINGS: dict[tuple[str, str], Warner] = {
+    ("security.istio.io", "AuthorizationPolicy"): istio_security.authorization_policy_warnings,
+    ("security.istio.io", "PeerAuthentication"): istio_security.peer_authentication_warnings,
+    ("networking.istio.io", "ServiceEntry"): istio_networking.service_entry_warnings,
+}
 
 
 def builtin(obj: Object, schema: Schema, old: Object | None = None) -> list[Cause]:
@@ -79,5 +99,17 @@ def builtin(obj: Object, schema: Schema, old: Object | None = None) -> list[Caus
 
 
 def custom(obj: Object, schema: Schema) -> list[Cause]:
-    """Faults of a custom resource."""
-    return names.metadata(obj) + structural.validate(obj, schema)
+    """Faults of a custom resource: its schema's, then those its own webhook would find."""
+    causes = names.metadata(obj) + structural.validate(obj, schema)
+    rule = _CUSTOM_RULES.get(_group_kind(obj))
+    return causes if causes or rule is None else rule(obj)
+
+
+def warnings(obj: Object) -> list[str]:
+    """What the writer of an object is told, although it is stored."""
+    warner = _CUSTOM_WARNINGS.get(_group_kind(obj))
+    return warner(obj) if warner else []
+
+
+def _group_kind(obj: Object) -> tuple[str, str]:
+    return obj["apiVersion"].partition("/")[0], obj["kind"]
