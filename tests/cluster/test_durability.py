@@ -11,6 +11,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,17 @@ def test_down_leaves_nothing_and_up_again_keeps_the_objects(tmp_path: Path) -> N
         assert not processes(str(tmp_path))
         assert subprocess.run(["ip", "-o", "link"], capture_output=True, text=True).stdout == links
         assert Path("/proc/self/mountinfo").read_text() == mounts
-        made.meshlight("up", "--name", "short", "--nodes", "1", timeout=180)
+        before = datetime.now(UTC).replace(microsecond=0)
+        made.meshlight("up", "--name", "short", timeout=180)
+        # Ready means ready in this start of the cluster, whatever the last one left in the API.
+        pods = made.get("pods", "-A")["items"]
+        ready = [
+            p for p in pods for c in p["status"]["conditions"] if c["type"] == "Ready" and c["status"] == "True"
+        ]
+        assert len(ready) == len(pods) == 3
+        for status in [c for p in ready for c in p["status"]["containerStatuses"]]:
+            assert datetime.fromisoformat(status["state"]["running"]["startedAt"]) >= before, status
+            assert status["restartCount"] == 1
         assert made.get("configmap", "kept")["metadata"]["name"] == "kept"
         # Even when everything is killed at once, nothing stays.
         os.kill(made.supervisor_pid, signal.SIGKILL)

@@ -1,19 +1,21 @@
 """Put cluster-101's objects into a fresh API: custom resources, namespaces, mesh configuration.
 
-Run by the supervisor as a process of its own: `python -m meshlight.embedded.install --kubeconfig F`.
-What exists is brought to the manifest's spec; what users added beside it stays.
+Run by the supervisor as a process of its own: `python -m meshlight.embedded.install --kubeconfig F
+--cluster NAME --nodes N`. What exists is brought to the manifest's spec; what users added beside it stays.
+Nodes that the cluster had when it was larger are taken away.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 from importlib.resources import files
 
 import yaml
 
 from meshlight.kube.client import ApiError, ApiUnreachable, Client
-from meshlight.kube.resources import CUSTOM_RESOURCE_DEFINITIONS, NAMESPACES, Object, Resource
+from meshlight.kube.resources import CUSTOM_RESOURCE_DEFINITIONS, NAMESPACES, NODES, Object, Resource
 
 MANIFESTS = (
     "istio-crds.yaml", "gateway-api-crds.yaml", "system.yaml", "coredns.yaml", "istiod.yaml", "ztunnel.yaml",
@@ -53,7 +55,17 @@ async def install(client: Client) -> None:
     await client.patch(NAMESPACES, "kube-system", {"metadata": {"annotations": {COMPLETE: "true"}}})
 
 
-async def run(kubeconfig: str) -> None:
+def surplus(nodes: list[Object], cluster: str, count: int) -> list[str]:
+    """Names of the cluster's own nodes beyond the first `count`: nobody will ever speak for them again."""
+    found = []
+    for node in nodes:
+        stem, _, number = node["metadata"]["name"].rpartition("-node-")
+        if stem == cluster and number.isdigit() and int(number) > count:
+            found.append(node["metadata"]["name"])
+    return found
+
+
+async def run(kubeconfig: str, cluster: str, count: int) -> None:
     """Wait for the API, then install."""
     async with Client.from_kubeconfig(kubeconfig) as client:
         while True:
@@ -64,6 +76,9 @@ async def run(kubeconfig: str) -> None:
                 await asyncio.sleep(0.05)
             except ApiError:
                 break
+        for name in surplus((await client.list(NODES)).items, cluster, count):
+            with contextlib.suppress(ApiError):
+                await client.delete(NODES, name)
         await install(client)
 
 
@@ -71,7 +86,10 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description="install cluster-101's objects")
     parser.add_argument("--kubeconfig", required=True)
-    asyncio.run(run(parser.parse_args().kubeconfig))
+    parser.add_argument("--cluster", required=True)
+    parser.add_argument("--nodes", required=True, type=int)
+    arguments = parser.parse_args()
+    asyncio.run(run(arguments.kubeconfig, arguments.cluster, arguments.nodes))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,10 +94,11 @@ def start(layout: Layout, nodes: int | None, api_port: int | None) -> tuple[Reco
             raise
         with listener:
             port = listener.getsockname()[1]
-            record = Record(layout.name, nodes or (before.nodes if before else 6), port)
+            count = nodes or (before.nodes if before else 6)
+            record = Record(layout.name, count, port, boot_id=str(uuid.uuid4()))
             pki.ensure(layout.state, layout.name, layout.node_names(record.nodes), port)
             layout.logs.mkdir(exist_ok=True, mode=0o700)
-            record.supervisor_pid = _spawn(layout, listener.fileno(), record.nodes)
+            record.supervisor_pid = _spawn(layout, listener.fileno(), record)
             record.supervisor_started = start_time(record.supervisor_pid)
             record.write(layout)
     return record, True
@@ -115,7 +117,7 @@ def _listen(port: int | None) -> socket.socket:
     )
 
 
-def _spawn(layout: Layout, listener: int, nodes: int) -> int:
+def _spawn(layout: Layout, listener: int, record: Record) -> int:
     """Start pid 1 of the cluster; returns its pid as the host sees it."""
     command = ["unshare", "--pid", "--fork", "--kill-child=KILL", "--mount", "--net", "--uts"]
     command += ["--ipc", "--propagation", "private"]
@@ -123,7 +125,8 @@ def _spawn(layout: Layout, listener: int, nodes: int) -> int:
         command += ["--user", "--map-root-user"]
     command += [sys.executable, "-m", "meshlight.embedded.supervisor"]
     command += ["--name", layout.name, "--state", str(layout.state)]
-    command += ["--listen-fd", str(listener), "--nodes", str(nodes)]
+    command += ["--listen-fd", str(listener), "--nodes", str(record.nodes)]
+    command += ["--boot-id", record.boot_id]
     log_path = layout.logs / "supervisor.log"
     environment = {**os.environ, "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin"}
     with log_path.open("ab") as log:

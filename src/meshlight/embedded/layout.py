@@ -46,13 +46,17 @@ class Layout:
 
 @dataclass(slots=True)
 class Record:
-    """What `cluster.json` remembers; `supervisor_pid` is 0 when the cluster is stopped."""
+    """What `cluster.json` remembers; `supervisor_pid` is 0 when the cluster is stopped.
+
+    `boot_id` names the latest start: nodes report it once nothing of an earlier one is told of them.
+    """
 
     name: str
     nodes: int
     api_port: int
     supervisor_pid: int = 0
     supervisor_started: int = 0
+    boot_id: str = ""
 
     @classmethod
     def read(cls, layout: Layout) -> Record | None:

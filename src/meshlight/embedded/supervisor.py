@@ -53,7 +53,7 @@ class Part:
         return 0.0 if self.failures == 1 else min(0.1 * 2 ** (self.failures - 1), 10.0)
 
 
-def prepare_namespaces(name: str) -> None:
+def prepare_namespaces(name: str, boot_id: str) -> None:
     """Mounts, loopback and the fabric bridge, all inside the namespaces we were born into."""
     for command in (
         ["mount", "-t", "proc", "proc", "/proc"],
@@ -67,6 +67,7 @@ def prepare_namespaces(name: str) -> None:
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
     for folder in (Path("/run/netns"), RUN / "nodes", RUN / "exits"):
         folder.mkdir(parents=True)
+    (RUN / "boot_id").write_text(boot_id)
     subprocess.run(["hostname", name], check=False, stderr=subprocess.DEVNULL)
 
 
@@ -88,7 +89,8 @@ class Supervisor:
             "apiserver", module("meshlight.kube.server", "--state", str(state), *serving), (listen_fd,)
         )
         controllers = Part("controllers", module("meshlight.controllers", "--kubeconfig", credentials))
-        installer = Part("install", module("meshlight.embedded.install", "--kubeconfig", credentials))
+        install = ("--kubeconfig", credentials, "--cluster", layout.name, "--nodes", str(len(nodes)))
+        installer = Part("install", module("meshlight.embedded.install", *install))
         agents = [
             Part(
                 f"node-{name}",
@@ -178,9 +180,10 @@ def main() -> None:
     parser.add_argument("--state", required=True, type=Path)
     parser.add_argument("--listen-fd", required=True, type=int)
     parser.add_argument("--nodes", required=True, type=int)
+    parser.add_argument("--boot-id", required=True)
     arguments = parser.parse_args()
     os.environ["MESHLIGHT_HOME"] = str(arguments.state.parent.parent)
-    prepare_namespaces(arguments.name)
+    prepare_namespaces(arguments.name, arguments.boot_id)
     layout = Layout(arguments.name)
     supervisor = Supervisor(layout, arguments.listen_fd, layout.node_names(arguments.nodes))
     asyncio.run(supervisor.run())

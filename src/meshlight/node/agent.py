@@ -46,6 +46,8 @@ class Agent:
         self.recorder = Recorder(client, node.name)
         self.references = References(client, self._reference_changed)
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._settled = asyncio.Event()
+        self._settling: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -75,7 +77,7 @@ class Agent:
                 Cgroups(cgroup_label(self.state)),
                 enrolment,
             )
-            registration = Registration(self.client, self.node, self.state, self.recorder)
+            registration = Registration(self.client, self.node, self.state, self.recorder, self._settled)
             try:
                 async with asyncio.TaskGroup() as group:
                     for name, work in (
@@ -89,9 +91,10 @@ class Agent:
                     ):
                         group.create_task(_persist(name, work))
             finally:
-                for task in self._tasks.values():
+                tasks = [*self._tasks.values(), *([self._settling] if self._settling else [])]
+                for task in tasks:
                     task.cancel()
-                await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+                await asyncio.gather(*tasks, return_exceptions=True)
                 await self.references.close()
                 await runner.cleanup()
 
@@ -114,6 +117,8 @@ class Agent:
             async for event in events:
                 if event.type == "SYNCED":
                     await self._clean(context)
+                    if self._settling is None:
+                        self._settling = asyncio.create_task(self._settle(list(self.workers.values())))
                     continue
                 pod = event.object
                 uid = pod["metadata"]["uid"]
@@ -125,6 +130,12 @@ class Agent:
                     worker.changed(pod)
                 else:
                     self._employ(PodWorker(context, pod, self._finished))
+
+    async def _settle(self, workers: list[PodWorker]) -> None:
+        """Nothing that an earlier start of the node left in the API is believed any more."""
+        for worker in workers:
+            await worker.settled.wait()
+        self._settled.set()
 
     def _employ(self, worker: PodWorker) -> None:
         self.workers[worker.uid] = worker

@@ -39,6 +39,8 @@ NODE_SYSCTLS = {
     "net/ipv4/conf/all/send_redirects": "0",
     "net/ipv4/conf/default/send_redirects": "0",
     "net/ipv6/conf/default/disable_ipv6": "1",
+    # A refused DNS query must be told each time: a resolver that is not told waits five seconds.
+    "net/ipv4/icmp_ratelimit": "0",
 }
 POD_SYSCTLS = {
     "net/ipv4/ip_forward": "0",
@@ -47,6 +49,7 @@ POD_SYSCTLS = {
     "net/ipv4/conf/default/rp_filter": "0",
     "net/ipv4/conf/all/route_localnet": "1",
     "net/ipv4/ip_unprivileged_port_start": "0",
+    "net/ipv4/icmp_ratelimit": "0",
     # Links are IPv4; the loopback interface keeps ::1, which `localhost` may mean.
     "net/ipv6/conf/default/disable_ipv6": "1",
 }

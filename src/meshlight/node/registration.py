@@ -27,6 +27,9 @@ LEASE_SECONDS = 40
 RENEWAL, HEARTBEAT = 10.0, 300.0
 """Seconds between renewals of the Lease, and between heartbeats in the Node's status."""
 MAX_PODS = 110
+BOOT_ID = Path("/run/meshlight/boot_id")
+"""Names this start of the cluster, which is the node's boot; without a cluster the kernel's does."""
+_KERNEL_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _LOW_MEMORY, _LOW_DISK = 100 << 20, 1 << 30
 _ZONES = 3
 _FIRST_RETRY = 0.1
@@ -66,7 +69,7 @@ class Facts:
         available = int(meminfo["MemAvailable"].split()[0]) * 1024
         disk = os.statvfs(state)
         kind = platform.machine()
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = (BOOT_ID if BOOT_ID.exists() else _KERNEL_BOOT_ID).read_text().strip()
         machine_id = Path("/etc/machine-id")
         return cls(
             os.cpu_count() or 1,
@@ -162,13 +165,17 @@ def node_status(node: NodeIdentity, facts: Facts, before: Iterable[Object], now:
 
 
 class Registration:
-    """Keeps the Node and its Lease current."""
+    """Keeps the Node and its Lease current, from when `settled` is set: what is said of its pods is true."""
 
-    def __init__(self, client: Client, node: NodeIdentity, state: Path, recorder: Recorder) -> None:
+    def __init__(
+        self, client: Client, node: NodeIdentity, state: Path, recorder: Recorder, settled: asyncio.Event
+    ) -> None:
         self._client, self._node, self._state, self._recorder = client, node, state, recorder
+        self._settled = settled
 
     async def run(self) -> None:
         """Register, then renew until cancelled; whatever fails is tried again."""
+        await self._settled.wait()
         delay = _FIRST_RETRY
         announced = False
         while True:

@@ -45,6 +45,8 @@ class PodWorker:
         self.execution = Execution(node, pod)
         self.sandbox: Sandbox | None = None
         self.containers: dict[str, ContainerState] = {}
+        self.settled = asyncio.Event()
+        """Set once the API says nothing of the pod that was only true of an earlier start of its node."""
         self._wake = asyncio.Event()
         self._stopping: dict[str, asyncio.Task[None]] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}  # probes and hooks by container
@@ -102,11 +104,13 @@ class PodWorker:
         """Work until the pod is gone."""
         try:
             await self._adopt()
+            await self._settle()
             while (delay := await self._turn()) is not None:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(delay or None):
                         await self._wake.wait()
         finally:
+            self.settled.set()
             for task in [*self._tasks.values(), *self._stopping.values()]:
                 task.cancel()
             if self.sandbox is not None:
@@ -193,6 +197,19 @@ class PodWorker:
                 state.put(self._told_end(name, last))
                 state.ended(last)
             state.image_id = self._known_image(name)
+
+    async def _settle(self) -> None:
+        """Say at once that what ran in an earlier start of the node runs no more."""
+        while not self.settled.is_set():
+            try:
+                if self.sandbox is None and not self._gone and self.pod.get("status"):
+                    await self._tell()
+                self.settled.set()
+            except ApiUnreachable:
+                await asyncio.sleep(_UNREACHABLE_RETRY)
+            except ApiError as error:
+                log("warning", "pod status not renewed", pod=self._name(), error=str(error))
+                return
 
     def _known_image(self, name: str) -> str:
         status = self.pod.get("status") or {}

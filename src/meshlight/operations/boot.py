@@ -17,6 +17,7 @@ from meshlight.kube.resources import (
     DEPLOYMENTS,
     NAMESPACES,
     NODES,
+    PODS,
     Object,
     Resource,
 )
@@ -62,7 +63,7 @@ async def up(
             await _installed(layout, record, client)
             definitions = await client.list(CUSTOM_RESOURCE_DEFINITIONS)
             progress(f"{len(definitions.items)} custom resource definitions")
-            await _nodes_ready(client, record.nodes)
+            await _nodes_ready(client, record)
             progress(f"{record.nodes} nodes ready")
             for resource, namespace, name in COMPONENTS:
                 waiting = f"{resource.kind} {namespace}/{name}"
@@ -100,19 +101,49 @@ async def _installed(layout: Layout, record: Record, client: Client) -> None:
             return
 
 
-async def _nodes_ready(client: Client, count: int) -> None:
+def booted(node: Object, record: Record) -> bool:
+    """Whether a node is ready in this start of the cluster, not only by what an earlier one left."""
+    told = ((node.get("status") or {}).get("nodeInfo") or {}).get("bootID")
+    return is_ready(node) and (told == record.boot_id or not record.boot_id)
+
+
+async def _nodes_ready(client: Client, record: Record) -> None:
     ready: set[str] = set()
     async for event in client.watch(NODES):
-        if event.type in ("ADDED", "MODIFIED") and is_ready(event.object):
+        if event.type in ("ADDED", "MODIFIED") and booted(event.object, record):
             ready.add(event.object["metadata"]["name"])
-        if len(ready) >= count:
+        if len(ready) >= record.nodes:
             return
 
 
 async def _component_ready(client: Client, resource: Resource, namespace: str, name: str) -> None:
-    async for event in client.watch(resource, namespace, field_selector=f"metadata.name={name}"):
-        if event.type in ("ADDED", "MODIFIED") and _complete(event.object):
-            return
+    """Wait until a workload counts as complete and as many of its pods say so themselves.
+
+    Pods are asked too because a controller's count may be older than this start of the cluster.
+    """
+    workload = await _workload_complete(client, resource, namespace, name)
+    labels = workload["spec"]["selector"]["matchLabels"]
+    selector = ",".join(f"{key}={value}" for key, value in labels.items())
+    ready: dict[str, bool] = {}
+    async for event in client.watch(PODS, namespace, label_selector=selector):
+        if event.type in ("ADDED", "MODIFIED", "DELETED"):
+            ready[event.object["metadata"]["name"]] = event.type != "DELETED" and is_ready(event.object)
+        if sum(ready.values()) >= _wanted(workload):
+            break
+    await _workload_complete(client, resource, namespace, name)
+
+
+async def _workload_complete(client: Client, resource: Resource, namespace: str, name: str) -> Object:
+    while True:
+        async for event in client.watch(resource, namespace, field_selector=f"metadata.name={name}"):
+            if event.type in ("ADDED", "MODIFIED") and _complete(event.object):
+                return event.object
+
+
+def _wanted(item: Object) -> int:
+    if item["kind"] == "DaemonSet":
+        return int((item.get("status") or {}).get("desiredNumberScheduled", 0))
+    return int(item["spec"].get("replicas", 1))
 
 
 def _complete(item: Object) -> bool:
@@ -120,6 +151,5 @@ def _complete(item: Object) -> bool:
     if status.get("observedGeneration") != item["metadata"].get("generation"):
         return False
     if item["kind"] == "DaemonSet":
-        wanted = status.get("desiredNumberScheduled", 0)
-        return bool(wanted) and status.get("numberReady", 0) == wanted
-    return bool(status.get("readyReplicas", 0) >= item["spec"].get("replicas", 1))
+        return 0 < _wanted(item) <= int(status.get("numberReady", 0))
+    return bool(status.get("readyReplicas", 0) >= _wanted(item))
