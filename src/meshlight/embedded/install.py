@@ -18,7 +18,8 @@ from meshlight.kube.client import ApiError, ApiUnreachable, Client
 from meshlight.kube.resources import CUSTOM_RESOURCE_DEFINITIONS, NAMESPACES, NODES, Object, Resource
 
 MANIFESTS = (
-    "istio-crds.yaml", "gateway-api-crds.yaml", "system.yaml", "coredns.yaml", "istiod.yaml", "ztunnel.yaml",
+    "istio-crds.yaml", "gateway-api-crds.yaml", "flux-crds.yaml", "prometheus-crds.yaml", "cilium-crds.yaml",
+    "system.yaml", "coredns.yaml", "istiod.yaml", "ztunnel.yaml",
 )  # fmt: skip
 COMPLETE = "meshlight.io/installed"
 """Annotation of namespace kube-system once everything is in."""

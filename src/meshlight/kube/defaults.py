@@ -130,6 +130,8 @@ def _job(obj: Object) -> None:
     labels = {
         "batch.kubernetes.io/controller-uid": obj["metadata"].get("uid", ""),
         "batch.kubernetes.io/job-name": obj["metadata"].get("name", ""),
+        "controller-uid": obj["metadata"].get("uid", ""),
+        "job-name": obj["metadata"].get("name", ""),
     }
     if "template" in spec and not spec.get("manualSelector") and "selector" not in spec:
         key = "batch.kubernetes.io/controller-uid"
@@ -182,6 +184,26 @@ def _secret(obj: Object) -> None:
         obj["data"] = {**(obj.get("data") or {}), **encoded}
 
 
+def _claim(obj: Object) -> None:
+    obj.setdefault("status", {}).setdefault("phase", "Pending")
+
+
+def _replication_controller(obj: Object) -> None:
+    spec = obj.setdefault("spec", {})
+    _template(spec)
+    labels = ((spec.get("template") or {}).get("metadata") or {}).get("labels")
+    if labels:
+        spec.setdefault("selector", dict(labels))
+        if not obj["metadata"].get("labels"):
+            obj["metadata"]["labels"] = dict(labels)
+
+
+def _api_service(obj: Object) -> None:
+    spec = obj.setdefault("spec", {})
+    if spec.get("service"):
+        spec["service"].setdefault("port", 443)
+
+
 def _binding(obj: Object) -> None:
     for subject in obj.get("subjects") or ():
         if not subject.get("apiGroup") and subject.get("kind") in ("User", "Group"):
@@ -216,6 +238,10 @@ _BY_KIND: dict[str, Callable[[Object], None]] = {
     "StatefulSet": _workload,
     "Job": _job,
     "CronJob": _cron_job,
+    "ReplicationController": _replication_controller,
+    "PersistentVolume": _claim,
+    "PersistentVolumeClaim": _claim,
+    "APIService": _api_service,
     "Namespace": _namespace,
     "Service": _service,
     "Secret": _secret,

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from meshlight.kube import decoding, defaults, structural, validation
-from meshlight.kube.catalog import ResourceType
+from meshlight.kube.resource_types import ResourceType
 from meshlight.kube.resources import Object
 from meshlight.kube.status import StatusError, bad_request, invalid
 
@@ -77,7 +77,9 @@ def apply_defaults(served: ResourceType, obj: Object, *, created: bool = False) 
 
 def validate(served: ResourceType, obj: Object, old: Object | None = None, subresource: str = "") -> None:
     """Refuse an invalid object, or an invalid change of `old`, with Kubernetes' own words (422)."""
-    if served.schema is not None:
+    if subresource in _SPEC_PARTS:
+        causes = validation.builtin(obj, served.structure)
+    elif served.schema is not None:
         causes = validation.custom(obj, served.structure)
         if subresource == "status":
             causes = [c for c in causes if c.field.startswith("status")]
@@ -88,6 +90,28 @@ def validate(served: ResourceType, obj: Object, old: Object | None = None, subre
     if causes:
         name = obj["metadata"].get("name") or ""
         raise invalid(served.resource.group, served.resource.kind, name, causes)
+
+
+_SPEC_PARTS: dict[str, dict[str, tuple[str, ...]]] = {
+    # subresource of pods: {field of the spec that it writes: members of its elements, all if empty}
+    "ephemeralcontainers": {"ephemeralContainers": ()},
+    "resize": {"containers": ("resources", "resizePolicy"), "initContainers": ("resources", "resizePolicy")},
+}
+
+
+def _partly(old: Object, obj: Object, parts: dict[str, tuple[str, ...]]) -> Object:
+    """`old` with the parts of the spec that a subresource writes."""
+    spec, wanted = dict(old["spec"]), obj.get("spec") or {}
+    for name, members in parts.items():
+        if not members and name in wanted:
+            spec[name] = wanted[name]
+        elif members and name in spec:
+            given = {c.get("name"): c for c in wanted.get(name) or ()}
+            spec[name] = [
+                {**c, **{m: given[c["name"]][m] for m in members if m in given.get(c["name"], {})}}
+                for c in spec[name]
+            ]
+    return {**old, "metadata": dict(old["metadata"]), "spec": spec}
 
 
 def update(served: ResourceType, old: Object, obj: Object, subresource: str) -> Object:
@@ -101,6 +125,8 @@ def update(served: ResourceType, old: Object, obj: Object, subresource: str) -> 
         if "status" in obj:
             updated["status"] = obj["status"]
         return updated
+    if subresource in _SPEC_PARTS:
+        return _partly(old, obj, _SPEC_PARTS[subresource])
     metadata = obj["metadata"]
     if metadata.get("uid") not in (None, "", old["metadata"]["uid"]):
         given, actual = metadata["uid"], old["metadata"]["uid"]
@@ -130,7 +156,8 @@ def precondition_failed(served: ResourceType, obj: Object, detail: str) -> Statu
 _COUNTED = frozenset(
     ("Deployment", "ReplicaSet", "DaemonSet", "StatefulSet", "Job", "CronJob", "PodDisruptionBudget",
      "NetworkPolicy", "Ingress", "IngressClass", "EndpointSlice", "CustomResourceDefinition", "PriorityClass",
-     "ValidatingWebhookConfiguration", "MutatingWebhookConfiguration")
+     "ReplicationController", "ValidatingWebhookConfiguration", "MutatingWebhookConfiguration",
+     "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding")
 )  # fmt: skip
 
 

@@ -1,201 +1,137 @@
-"""Decode the protobuf bodies that kubectl sends on some writes.
+"""Decode the protobuf bodies that client-go and kubectl send for built-in kinds.
 
-`kubectl create namespace|configmap|secret|serviceaccount` and Helm's release Secrets have no JSON
-fallback. Field numbers are those of the Kubernetes API types (append-only, so stable).
+Driven by the kinds' schemas and by `schemas/protobuf.numbers`, so every built-in kind is understood.
+Answers are JSON, which every client of Kubernetes accepts.
 """
 
 from __future__ import annotations
 
 import base64
+import functools
+import struct
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import resources
 from typing import Any
 
+import orjson
+
+from meshlight.kube import schema_language
 from meshlight.kube.resources import Object
+from meshlight.kube.schema import Schema
 
 MAGIC = b"k8s\0"
+MAX_DEPTH = 100
+"""Messages within messages; JSONSchemaProps is recursive."""
 
-# A message is {field number: (JSON name, type)}; a type is "string", "bool", "bytes", "int", "int-or-string",
-# a nested message, ("repeated", type) or ("map", type).
-_Message = dict[int, tuple[str, Any]]
 
-_META: _Message = {
-    1: ("name", "string"),
-    2: ("generateName", "string"),
-    3: ("namespace", "string"),
-    5: ("uid", "string"),
-    6: ("resourceVersion", "string"),
-    11: ("labels", ("map", "string")),
-    12: ("annotations", ("map", "string")),
-    14: ("finalizers", ("repeated", "string")),
-}
-_ATTRIBUTES: _Message = {
-    1: ("namespace", "string"),
-    2: ("verb", "string"),
-    3: ("group", "string"),
-    4: ("version", "string"),
-    5: ("resource", "string"),
-    6: ("subresource", "string"),
-    7: ("name", "string"),
-}
-_CONTAINER: _Message = {
-    1: ("name", "string"),
-    2: ("image", "string"),
-    3: ("command", ("repeated", "string")),
-    4: ("args", ("repeated", "string")),
-    5: ("workingDir", "string"),
-    6: ("ports", ("repeated", {1: ("name", "string"), 3: ("containerPort", "int"), 4: ("protocol", "string")})),
-    7: ("env", ("repeated", {1: ("name", "string"), 2: ("value", "string")})),
-    14: ("imagePullPolicy", "string"),
-}
-_POD_SPEC: _Message = {
-    2: ("containers", ("repeated", _CONTAINER)),
-    3: ("restartPolicy", "string"),
-    4: ("terminationGracePeriodSeconds", "int"),
-    6: ("dnsPolicy", "string"),
-    8: ("serviceAccountName", "string"),
-    10: ("nodeName", "string"),
-}
-_SELECTOR: _Message = {1: ("matchLabels", ("map", "string"))}
-_SERVICE_PORT: _Message = {
-    1: ("name", "string"),
-    2: ("protocol", "string"),
-    3: ("port", "int"),
-    4: ("targetPort", "int-or-string"),
-    5: ("nodePort", "int"),
-}
-_POLICY_RULE: _Message = {
-    1: ("verbs", ("repeated", "string")),
-    2: ("apiGroups", ("repeated", "string")),
-    3: ("resources", ("repeated", "string")),
-    4: ("resourceNames", ("repeated", "string")),
-    5: ("nonResourceURLs", ("repeated", "string")),
-}
-_SUBJECT: _Message = {
-    1: ("kind", "string"),
-    2: ("apiGroup", "string"),
-    3: ("name", "string"),
-    4: ("namespace", "string"),
-}
-_ROLE_REF: _Message = {1: ("apiGroup", "string"), 2: ("kind", "string"), 3: ("name", "string")}
-_ROLE: _Message = {1: ("metadata", _META), 2: ("rules", ("repeated", _POLICY_RULE))}
-_BINDING: _Message = {
-    1: ("metadata", _META),
-    2: ("subjects", ("repeated", _SUBJECT)),
-    3: ("roleRef", _ROLE_REF),
-}
-_KINDS: dict[str, _Message] = {
-    "Pod": {1: ("metadata", _META), 2: ("spec", _POD_SPEC)},
-    "Deployment": {
-        1: ("metadata", _META),
-        2: (
-            "spec",
-            {
-                1: ("replicas", "int"),
-                2: ("selector", _SELECTOR),
-                3: ("template", {1: ("metadata", _META), 2: ("spec", _POD_SPEC)}),
-            },
-        ),
-    },
-    "Service": {
-        1: ("metadata", _META),
-        2: (
-            "spec",
-            {
-                1: ("ports", ("repeated", _SERVICE_PORT)),
-                2: ("selector", ("map", "string")),
-                3: ("clusterIP", "string"),
-                4: ("type", "string"),
-                10: ("externalName", "string"),
-            },
-        ),
-    },
-    "Namespace": {1: ("metadata", _META), 2: ("spec", {1: ("finalizers", ("repeated", "string"))})},
-    "ConfigMap": {
-        1: ("metadata", _META),
-        2: ("data", ("map", "string")),
-        3: ("binaryData", ("map", "bytes")),
-        4: ("immutable", "bool"),
-    },
-    "Secret": {
-        1: ("metadata", _META),
-        2: ("data", ("map", "bytes")),
-        3: ("type", "string"),
-        4: ("stringData", ("map", "string")),
-        5: ("immutable", "bool"),
-    },
-    "ServiceAccount": {1: ("metadata", _META)},
-    "TokenRequest": {
-        1: ("metadata", _META),
-        2: (
-            "spec",
-            {
-                1: ("audiences", ("repeated", "string")),
-                3: (
-                    "boundObjectRef",
-                    {
-                        1: ("kind", "string"),
-                        2: ("apiVersion", "string"),
-                        3: ("name", "string"),
-                        4: ("uid", "string"),
-                    },
-                ),
-                4: ("expirationSeconds", "int"),
-            },
-        ),
-    },
-    "SelfSubjectAccessReview": {
-        1: ("metadata", _META),
-        2: ("spec", {1: ("resourceAttributes", _ATTRIBUTES)}),
-    },
-    "SelfSubjectReview": {1: ("metadata", _META)},
-    "Role": _ROLE,
-    "ClusterRole": _ROLE,
-    "RoleBinding": _BINDING,
-    "ClusterRoleBinding": _BINDING,
-    "DeleteOptions": {
-        1: ("gracePeriodSeconds", "int"),
-        4: ("propagationPolicy", "string"),
-        5: ("dryRun", ("repeated", "string")),
-    },
-}
+@dataclass(slots=True)
+class _Field:
+    """One field of a message: where it goes in the object; `inner` for a message that JSON inlines."""
+
+    name: str = ""
+    schema: Schema | None = None
+    pointer: bool = False
+    required: bool = False
+    inner: dict[int, _Field] = field(default_factory=dict)
+
+
+@functools.cache
+def _numbers() -> dict[str, str]:
+    text = (resources.files("meshlight.kube") / "schemas" / "protobuf.numbers").read_text()
+    lines = (line.partition(" ") for line in text.splitlines() if not line.startswith("#"))
+    return {name: fields for name, _, fields in lines}
+
+
+@functools.lru_cache(maxsize=512)
+def _message(name: str) -> dict[int, _Field]:
+    """The fields of a built-in type by number; empty for a type that no client sends."""
+    schema = schema_language.builtin().types[name]
+    return _parse(_numbers().get(name, ""), schema, " ")
+
+
+def numbers(name: str) -> set[str]:
+    """The fields of a built-in type that have a number."""
+    found: set[str] = set()
+    waiting = list(_message(name).values())
+    while waiting:
+        known = waiting.pop()
+        waiting += known.inner.values()
+        found |= {known.name} - {""}
+    return found
+
+
+def _parse(text: str, schema: Schema, separator: str) -> dict[int, _Field]:
+    found = {}
+    for part in _split(text, separator):
+        if part.endswith(")"):
+            number, _, inner = part[:-1].partition("(")
+            found[int(number)] = _Field(inner=_parse(inner, schema, ","))
+            continue
+        left, _, number = part.partition("=")
+        name = left.rstrip("*")
+        below = schema.properties[name]
+        found[int(number)] = _Field(name, below, left.endswith("*"), name in schema.required)
+    return found
+
+
+def _split(text: str, separator: str) -> Iterator[str]:
+    """The parts of a list, whose parentheses nest."""
+    depth, start = 0, 0
+    for position, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if letter == separator and not depth:
+            yield text[start:position]
+            start = position + 1
+    if text[start:]:
+        yield text[start:]
 
 
 def decode(body: bytes) -> Object:
     """The object in a `k8s\\0`-prefixed `runtime.Unknown`. Raises ValueError naming what is unknown."""
     if not body.startswith(MAGIC):
         raise ValueError("the body is not Kubernetes protobuf")
-    type_meta, raw = {}, b""
+    api_version, kind, raw = "", "", b""
     for number, value in _fields(body[len(MAGIC) :]):
         if number == 1:
-            type_meta = _message(value, {1: ("apiVersion", "string"), 2: ("kind", "string")})
+            type_meta = dict(_fields(value))
+            api_version, kind = type_meta.get(1, b"").decode(), type_meta.get(2, b"").decode()
         elif number == 2:
             raw = value
-    kind = type_meta.get("kind", "")
-    if kind not in _KINDS:
-        raise ValueError(f"protobuf bodies of kind {kind!r} are not understood; send JSON")
-    return {**type_meta, **_message(raw, _KINDS[kind])}
+    schema = _kind(api_version, kind)
+    if schema is None or not schema.name:
+        raise ValueError(f"protobuf bodies of kind {kind!r} of {api_version!r} are not understood; send JSON")
+    return {"apiVersion": api_version, "kind": kind, **_object(raw, _message(schema.name), 0)}
+
+
+def _kind(api_version: str, kind: str) -> Schema | None:
+    package = schema_language.builtin()
+    if kind == "DeleteOptions":  # sent under the group of what is deleted
+        return package.types[kind]
+    return package.kinds.get((api_version, kind))
 
 
 def _fields(body: bytes) -> Iterator[tuple[int, Any]]:
     position = 0
     while position < len(body):
         tag, position = _varint(body, position)
-        wire = tag & 7
-        if wire == 0:
-            value: Any
-            value, position = _varint(body, position)
-        elif wire == 2:
-            length, position = _varint(body, position)
-            if position + length > len(body):
-                raise ValueError("truncated protobuf")
-            value = body[position : position + length]
-            position += length
-        elif wire in (1, 5):
-            size = 8 if wire == 1 else 4
-            value = body[position : position + size]
-            position += size
-        else:
-            raise ValueError(f"wire type {wire} is not understood")
+        value: Any
+        match tag & 7:
+            case 0:
+                value, position = _varint(body, position)
+            case 2:
+                length, position = _varint(body, position)
+                if position + length > len(body):
+                    raise ValueError("truncated protobuf")
+                value = body[position : position + length]
+                position += length
+            case 1 | 5 as wire:
+                size = 8 if wire == 1 else 4
+                value = body[position : position + size]
+                position += size
+            case wire:
+                raise ValueError(f"wire type {wire} is not understood")
         yield tag >> 3, value
 
 
@@ -212,37 +148,74 @@ def _varint(body: bytes, position: int) -> tuple[int, int]:
         shift += 7
 
 
-def _message(body: bytes, shape: _Message) -> Object:
+def _object(body: bytes, shape: dict[int, _Field], depth: int) -> Object:
+    if depth > MAX_DEPTH:
+        raise ValueError(f"messages nest deeper than {MAX_DEPTH}")
     result: Object = {}
     for number, value in _fields(body):
-        if number not in shape:
+        found = shape.get(number)
+        if found is None:
             continue
-        name, kind = shape[number]
-        match kind:
-            case ("repeated", element):
-                result.setdefault(name, []).append(_value(value, element))
-            case ("map", element):
-                entry = dict(_fields(value))
-                key = entry.get(1, b"").decode()
-                result.setdefault(name, {})[key] = _value(entry.get(2, b""), element)
-            case _:
-                result[name] = _value(value, kind)
-    # proto encodes absent strings as empty ones
-    return {k: v for k, v in result.items() if v != ""}
+        schema = found.schema
+        if schema is None:
+            result.update(_object(value, found.inner, depth + 1))
+        elif schema.type == "array" and schema.items is not None:
+            result.setdefault(found.name, []).append(_value(value, schema.items, depth))
+        elif schema.values is not None:
+            entry = dict(_fields(value))
+            key = entry.get(1, b"").decode()
+            below = schema.values
+            result.setdefault(found.name, {})[key] = _value(entry.get(2, b""), below, depth)
+        else:
+            read = _value(value, schema, depth)
+            # Go writes every field that is no pointer; zero is what JSON leaves out.
+            if read is None or (read in ("", 0, False) and not found.pointer and not found.required):
+                continue
+            result[found.name] = read
+    return result
 
 
-def _value(value: Any, kind: Any) -> Any:
-    match kind:
-        case "string":
-            return value.decode()
-        case "bytes":
+def _value(value: Any, schema: Schema, depth: int) -> Any:
+    match schema.type, schema.format:
+        case "string", "byte":
             return base64.b64encode(value).decode()
-        case "bool":
+        case "string", "quantity":
+            return dict(_fields(value)).get(1, b"").decode()
+        case "string", "date-time" | "micro-time":
+            return _time(value, micro=schema.format == "micro-time")
+        case "string", _:
+            return value.decode()
+        case "boolean", _:
             return bool(value)
-        case "int":
-            return int(value)
-        case "int-or-string":
+        case "integer", _:
+            return value - (1 << 64) if value >> 63 else value
+        case "number", _:
+            return struct.unpack("<d", value)[0]
+        case "", "int-or-string":
             parts = dict(_fields(value))
-            return parts.get(3, b"").decode() if parts.get(1) else parts.get(2, 0)
-        case _:
-            return _message(value, kind)
+            number = parts.get(2, 0)
+            return parts.get(3, b"").decode() if parts.get(1) else number - (1 << 64) * (number >> 63)
+    if schema.name:
+        return _object(value, _message(schema.name), depth + 1)
+    return _opaque(value)
+
+
+def _time(value: bytes, *, micro: bool) -> str | None:
+    parts = dict(_fields(value))
+    if 1 not in parts:
+        return None
+    seconds = parts[1] - (1 << 64) * (parts[1] >> 63)
+    moment = datetime.fromtimestamp(seconds, UTC).replace(microsecond=parts.get(2, 0) // 1000 if micro else 0)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ" if micro else "%Y-%m-%dT%H:%M:%SZ")
+
+
+def _opaque(value: bytes) -> Any:
+    """A JSON text within protobuf (RawExtension, JSON, FieldsV1), or a list of strings (ExtraValue)."""
+    items = [v for n, v in _fields(value) if n == 1]
+    try:
+        return orjson.loads(items[0]) if items else {}
+    except ValueError:
+        try:
+            return [item.decode() for item in items]
+        except (AttributeError, UnicodeDecodeError):
+            raise ValueError("a field in the body is understood in JSON alone; send JSON") from None

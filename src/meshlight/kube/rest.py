@@ -7,12 +7,21 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
 
-from meshlight.kube import deletion, managed_fields, objects, patch, scale, service_addresses, validation
+from meshlight.kube import (
+    conversion,
+    deletion,
+    managed_fields,
+    objects,
+    patch,
+    scale,
+    service_addresses,
+    validation,
+)
 from meshlight.kube.catalog import Catalog, ResourceType
 from meshlight.kube.resources import Object
 from meshlight.kube.selectors import Predicate, fields, labels
@@ -86,9 +95,25 @@ class Rest:
             catalog.add_crd(crd)
 
     def presented(self, served: ResourceType, obj: Object) -> Object:
-        """An object as the version asked for: all versions of a kind share one schema."""
+        """An object as the version asked for: all versions of a custom resource share one schema."""
+        if served.stored_as:
+            return conversion.convert(obj, served.resource.api_version)
         obj["apiVersion"], obj["kind"] = served.resource.api_version, served.resource.kind
         return obj
+
+    def _stored(self, served: ResourceType) -> ResourceType:
+        """The type in whose version this type's objects are stored."""
+        group, _, plural = served.stored_as.partition("/")
+        found = (t for t in self.catalog.types() if t.resource.group == group and t.resource.plural == plural)
+        return next(t for t in found if not t.stored_as)
+
+    def _through(self, target: Target, obj: Any, options: WriteOptions) -> tuple[Target, Object]:
+        """A body in a version that is not stored, and its target, in the one that is."""
+        objects.check_type(target.served, obj, target.namespace)
+        self._decode(target, obj, options)
+        stored = self._stored(target.served)
+        objects.apply_defaults(target.served, obj)
+        return replace(target, served=stored), conversion.convert(obj, stored.resource.api_version)
 
     def core_object(self, plural: str, namespace: str, name: str) -> Object | None:
         """An object of the core group by name, or None."""
@@ -131,6 +156,9 @@ class Rest:
 
     def create(self, target: Target, obj: Any, options: WriteOptions) -> Object:
         """Create an object. Raises StatusError 400, 404 (namespace), 409, 422."""
+        if target.served.stored_as:
+            through, converted = self._through(target, obj, options)
+            return self.presented(target.served, self.create(through, converted, options))
         objects.check_type(target.served, obj, target.namespace)
         self._decode(target, obj, options)
         return self._create(target, obj, options, applied=False)
@@ -163,6 +191,9 @@ class Rest:
 
     def replace(self, target: Target, obj: Any, options: WriteOptions) -> Object:
         """PUT of an object or subresource. Raises StatusError 404, 409, 422."""
+        if target.served.stored_as:
+            through, converted = self._through(target, obj, options)
+            return self.presented(target.served, self.replace(through, converted, options))
         old = self.store.get(target.key)
         if old is None:
             raise target.missing()
@@ -197,6 +228,10 @@ class Rest:
         old = self.store.get(target.key)
         if old is None:
             raise target.missing()
+        if served.stored_as:
+            shown = self.presented(served, old)
+            changed = patch.patched(shown, body, content_type, served.structure)
+            return self.replace(target, changed, options), False
         self.presented(served, old)
         base = scale.of(old) if target.subresource == "scale" else _copy(old)
         obj = patch.patched(base, body, content_type, served.structure)
@@ -209,6 +244,10 @@ class Rest:
 
     def _apply(self, target: Target, config: Any, options: WriteOptions) -> tuple[Object, bool]:
         """Server-side apply: create the object, or merge the configuration into it."""
+        if target.served.stored_as:
+            through, converted = self._through(target, config, options)
+            result, is_new = self._apply(through, converted, options)
+            return self.presented(target.served, result), is_new
         served, structure = target.served, target.served.structure
         if not options.field_manager:
             detail = "Required value: is required for apply patch"
@@ -262,17 +301,6 @@ class Rest:
     def finalize(self, target: Target, obj: Any, options: WriteOptions) -> Object:
         """PUT `namespaces/NAME/finalize`."""
         return self.replace(target, obj, options)
-
-    def bind(self, target: Target, binding: Object) -> None:
-        """POST `pods/NAME/binding`: give a Pod its node."""
-        pod = self.get(Target(target.served, target.namespace, target.name))
-        if pod["spec"].get("nodeName"):
-            raise StatusError(409, "Conflict", f"pod {target.name} is already assigned to a node")
-        pod["spec"]["nodeName"] = binding["target"]["name"]
-        conditions = [c for c in pod["status"].get("conditions") or [] if c["type"] != "PodScheduled"]
-        conditions.append({"type": "PodScheduled", "status": "True", "lastTransitionTime": objects.now()})
-        pod["status"]["conditions"] = conditions
-        self.store.write(target.key, pod, int(pod["metadata"]["resourceVersion"]))
 
     def _update(
         self, target: Target, old: Object, obj: Object, options: WriteOptions, *, applied: bool

@@ -5,6 +5,7 @@ A file is a list of types, each a header and indented fields:
     package io.k8s.api.core.v1          the Go package; its last part prefixes types in messages
     TypeName: description
     Kind @group/version: description    a kind: has apiVersion, kind and metadata as well
+    Name @group/version=Kind: …         another version of a kind, whose type needs a name of its own
       field type modifiers -- description
       field! type                       required
 
@@ -33,7 +34,7 @@ _SCALARS = {
     "Quantity": ("string", "quantity"), "IntOrString": ("", "int-or-string"), "any": ("", ""),
     "raw": ("object", ""),
 }  # fmt: skip
-_HEADER = re.compile(r"(?P<name>\w+)(?: @(?P<version>\S+))?:\s*(?P<description>.*)")
+_HEADER = re.compile(r"(?P<name>\w+)(?: @(?P<version>[^\s=]+?)(?:=(?P<kind>\w+))?)?:\s*(?P<description>.*)")
 _FIELD = re.compile(r"(?P<name>[$\w-]+)(?P<required>!?)\s+(?P<type>[\[{]*\w+[\]}]*)(?P<rest>.*)")
 _MODIFIER = re.compile(r"=(?P<default>\S+)|(?P<word>\w+)(?:\((?P<arguments>[^)]*)\))?")
 
@@ -92,10 +93,10 @@ def _type(package: Package, prefix: str, match: re.Match[str]) -> Schema:
         raise SchemaTextError(f"type {name} is declared twice")
     schema = Schema(type="object", name=name, description=match["description"])
     package.types[name] = schema
-    package.openapi_names[name] = f"{prefix}.{name}"
+    kind = match["kind"] or name
+    package.openapi_names[name] = f"{prefix}.{kind}"
     if match["version"]:
-        package.kinds[match["version"], name] = schema
-    if match["version"]:
+        package.kinds[match["version"], kind] = schema
         text = Schema(type="string")
         schema.properties["apiVersion"] = replace(text, description=(
             "APIVersion defines the versioned schema of this representation of an object."))  # fmt: skip

@@ -26,7 +26,17 @@ import uvloop
 import yaml
 from aiohttp import web
 
-from meshlight.kube import decoding, deletion, discovery, kubelet_streams, openapi, protobuf_wire, tables, watch
+from meshlight.kube import (
+    decoding,
+    deletion,
+    discovery,
+    kubelet_streams,
+    openapi,
+    pod_subresources,
+    protobuf_wire,
+    tables,
+    watch,
+)
 from meshlight.kube.authentication import User, from_certificate, unauthorized
 from meshlight.kube.authorization import Attributes, Authorizer, node_may_touch
 from meshlight.kube.bootstrap import bootstrap
@@ -43,6 +53,7 @@ MAX_BODY = 3 * 1024 * 1024
 AGGREGATED = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList"
 DUPLICATES: web.RequestKey[tuple[str, ...]] = web.RequestKey("duplicates", tuple)
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+SUCCESS: Object = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}
 USER: web.RequestKey[User] = web.RequestKey("user", User)
 Authenticate = Callable[[web.Request], User]
 AUTHENTICATE: web.AppKey[Authenticate] = web.AppKey("authenticate")
@@ -302,8 +313,11 @@ class Server:
         if target.served.resource.kind == "TokenReview":
             return answer(self.tokens.review(body, time.time()), 201)
         if target.subresource == "binding":
-            self.rest.bind(target, body)
-            return answer({"kind": "Status", "apiVersion": "v1", "status": "Success"}, 201)
+            pod_subresources.bind(self.rest, target, body, options(request))
+            return answer(SUCCESS, 201)
+        if target.subresource == "eviction":
+            pod_subresources.evict(self.rest, target, body)
+            return answer(SUCCESS, 201)
         if target.name:
             raise web.HTTPMethodNotAllowed("POST", ["GET", "PUT", "PATCH", "DELETE"])
         if (kind := target.served.resource.kind) in ("SelfSubjectAccessReview", "SubjectAccessReview"):
@@ -322,20 +336,19 @@ class Server:
         body = await body_of(request) if request.can_read_body else {}
         query = request.query
         asked = deletion.parse(body, query)
-        success = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}
         if target.name:
             obj, gone = self.rest.delete(target, asked)
             r, uid = target.served.resource, obj["metadata"]["uid"]
             details = {"name": target.name, "kind": r.plural, "uid": uid}
             if r.group:
                 details["group"] = r.group
-            return answer({**success, "details": details} if gone else obj)
+            return answer({**SUCCESS, "details": details} if gone else obj)
         matches = matcher(query.get("labelSelector", ""), query.get("fieldSelector", ""))
         items, _ = self.rest.list(target, matches, 0, "")
         for item in items:
             metadata = item["metadata"]
             self.rest.delete(Target(target.served, metadata.get("namespace"), metadata["name"]), asked)
-        return answer(success)
+        return answer(SUCCESS)
 
     async def _watch(self, request: web.Request, target: Target) -> web.StreamResponse:
         query, served = request.query, target.served
@@ -346,7 +359,7 @@ class Server:
             return (namespace is None or obj["metadata"].get("namespace") == namespace) and selected(obj)
 
         def render(obj: Object) -> Object:
-            self.rest.presented(served, obj)
+            obj = self.rest.presented(served, obj)
             return self._shown(request, target, [obj], obj)
 
         def bookmark(version: str) -> Object:

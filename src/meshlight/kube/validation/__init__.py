@@ -12,12 +12,14 @@ from meshlight.kube.resources import Object
 from meshlight.kube.schema import Schema
 from meshlight.kube.status import Cause
 from meshlight.kube.validation import (
+    bounds,
     configuration,
     istio_networking,
     istio_security,
     names,
     pods,
     services,
+    storage,
     workloads,
 )
 
@@ -35,6 +37,12 @@ _RULES: dict[str, Rule] = {
     "CronJob": workloads.cron_job,
     "PodDisruptionBudget": workloads.disruption_budget,
     "HorizontalPodAutoscaler": workloads.autoscaler,
+    "PersistentVolume": storage.volume,
+    "PersistentVolumeClaim": storage.claim,
+    "PriorityClass": bounds.priority_class,
+    "ResourceQuota": bounds.resource_quota,
+    "LimitRange": bounds.limit_range,
+    "NetworkPolicy": bounds.network_policy,
     "Service": services.service,
     "Endpoints": services.endpoints,
     "EndpointSlice": services.endpoint_slice,
@@ -56,6 +64,10 @@ _UPDATE_RULES: dict[str, UpdateRule] = {
     "DaemonSet": workloads.workload_update,
     "StatefulSet": workloads.workload_update,
     "Job": workloads.job_update,
+    "PersistentVolume": storage.volume_update,
+    "PersistentVolumeClaim": storage.claim_update,
+    "StorageClass": storage.storage_class_update,
+    "PriorityClass": bounds.priority_class_update,
     "EndpointSlice": services.endpoint_slice_update,
     "ConfigMap": configuration.config_map_update,
     "Secret": configuration.secret_update,
