@@ -13,7 +13,8 @@ from lab import Node, Pod, Proxy, alive, echo, load, read, wait_until
 
 from meshlight.node import netns, network, redirection
 from meshlight.node.netns import NetworkError
-from meshlight.node.service_proxy import KernelTable, ServiceTable
+from meshlight.node.service_proxy import KernelTable, Place, ServiceTable
+from meshlight.node.service_rules import IPV4
 
 
 def refused(connect: Any) -> bool:
@@ -96,11 +97,11 @@ def services() -> None:
     for pod in (a, b, c):
         pod.serve(8080)
         pod.serve(5353, kind=socket.SOCK_DGRAM)
-    tables = {node: (ServiceTable(node.name), KernelTable()) for node in (one, two)}
+    tables = {node: (ServiceTable(Place(node.name)), KernelTable(IPV4)) for node in (one, two)}
 
     def settle() -> None:
         for node, (table, kernel) in tables.items():
-            node.inside(lambda table=table, kernel=kernel: asyncio.run(kernel.reach(table.ruleset())))
+            node.inside(lambda table=table, kernel=kernel: asyncio.run(kernel.reach(table.claims)))
 
     def put(kind: str, obj: dict[str, Any], deleted: bool = False) -> None:
         for table, _ in tables.values():
@@ -134,7 +135,7 @@ def services() -> None:
         echo(stream, "through changes")
     # The agent restarts: its first transaction meets what the last one left.
     for node in tables:
-        tables[node] = (tables[node][0], KernelTable())
+        tables[node] = (tables[node][0], KernelTable(IPV4))
     with load(lambda: a.ask(vip, 80)) as failures:
         settle()
     assert not failures
@@ -247,10 +248,10 @@ def probes() -> None:
     assert read(probe) == f"pod {network.PROBE_ADDRESS}" and not proxy.seen
     assert one.inside(lambda: read(socket.create_connection((other.address, 80), 3))) == "other 172.20.0.11"
     assert neighbour.ask(pod.address, 80) == f"pod {neighbour.address}" and len(proxy.seen) == 1
-    table, kernel = ServiceTable(one.name), KernelTable()
+    table, kernel = ServiceTable(Place(one.name)), KernelTable(IPV4)
     table.service(service("web", 80, clusterIP="10.96.0.50"), False)
     table.slice(endpoints("web", {pod: one.name}, port=80), False)
-    one.inside(lambda: asyncio.run(kernel.reach(table.ruleset())))
+    one.inside(lambda: asyncio.run(kernel.reach(table.claims)))
     assert neighbour.ask("10.96.0.50", 80) == f"pod {neighbour.address}", "a forwarded flow is no probe"
     assert proxy.seen[-1] == f"15006 {neighbour.address} {pod.address}:80"
     assert alive(probe)

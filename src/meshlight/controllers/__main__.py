@@ -14,6 +14,7 @@ from meshlight.controllers.daemonset import DaemonSets
 from meshlight.controllers.deployment import Deployments
 from meshlight.controllers.endpointslice import EndpointSlices
 from meshlight.controllers.garbage_collector import GarbageCollector
+from meshlight.controllers.load_balancer import LoadBalancers
 from meshlight.controllers.namespace import Namespaces
 from meshlight.controllers.node_lifecycle import NodeLifecycle
 from meshlight.controllers.replicaset import ReplicaSets
@@ -60,7 +61,7 @@ async def serve(kubeconfig: str) -> None:
             Deployments(client, deployments, sets),
             DaemonSets(client, daemons, pods, nodes),
             NodeLifecycle(client, nodes, leases, pods),
-            EndpointSlices(client, services, pods, slices, endpoints),
+            EndpointSlices(client, services, pods, slices, endpoints, nodes),
             Namespaces(client, namespaces, cluster_ca(kubeconfig)),
         )
         async with asyncio.TaskGroup() as group:
@@ -71,6 +72,7 @@ async def serve(kubeconfig: str) -> None:
             for controller in controllers:
                 group.create_task(controller.queue.run())
             group.create_task(GarbageCollector(client).run())
+            group.create_task(LoadBalancers(client, services).run())
 
 
 async def main(kubeconfig: str) -> None:

@@ -30,7 +30,11 @@ def bootstrap(rest: Rest, address: str, port: int) -> None:
     spec = {"clusterIP": API_SERVICE_ADDRESS, "type": "ClusterIP", "sessionAffinity": "None", "ports": ports}
     _ensure(rest, "", "v1", "services", {"metadata": metadata, "spec": spec})
     behind = [{"name": "https", "port": port, "protocol": "TCP"}]
-    endpoints = {"metadata": metadata, "subsets": [{"addresses": [{"ip": address}], "ports": behind}]}
+    endpoints: Object = {"metadata": metadata, "subsets": [{"addresses": [{"ip": address}], "ports": behind}]}
+    endpoints["metadata"] = {
+        **metadata,
+        "labels": {**labels, "endpointslice.kubernetes.io/skip-mirror": "true"},
+    }
     _ensure(rest, "", "v1", "endpoints", endpoints)
     slice_metadata = {**metadata, "labels": {"kubernetes.io/service-name": "kubernetes"}}
     endpoint_slice = {

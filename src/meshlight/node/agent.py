@@ -84,7 +84,7 @@ class Agent:
                         ("events", self.recorder.run),
                         ("registration", registration.run),
                         ("routes", lambda: run_routes(self.client, self.node.name)),
-                        ("services", lambda: service_proxy.run(self.client, self.node.name)),
+                        ("services", lambda: service_proxy.run(self.client, self.node.name, self.node.address)),
                         ("enrolment", enrolment.run),
                         ("images", self._follow_images),
                         ("pods", lambda: self._follow_pods(context)),

@@ -68,6 +68,7 @@ _UPDATE_RULES: dict[str, UpdateRule] = {
     "PersistentVolumeClaim": storage.claim_update,
     "StorageClass": storage.storage_class_update,
     "PriorityClass": bounds.priority_class_update,
+    "Service": services.service_update,
     "EndpointSlice": services.endpoint_slice_update,
     "ConfigMap": configuration.config_map_update,
     "Secret": configuration.secret_update,

@@ -11,6 +11,8 @@ from meshlight.kube.validation import names, pods
 
 MAX_ENDPOINTS = 1000
 """Endpoints of one EndpointSlice."""
+MAX_AFFINITY_SECONDS = 86400
+TRAFFIC_DISTRIBUTIONS = ("PreferClose", "PreferSameNode", "PreferSameZone")
 
 
 def service(obj: Object) -> list[Cause]:
@@ -34,12 +36,63 @@ def service(obj: Object) -> list[Cause]:
         detail = "may not be set to 'None' for LoadBalancer services"
         causes.append(faults.invalid_value("spec.clusterIPs[0]", "None", detail))
     causes += _ports(ports, kind)
+    causes += _traffic(spec, kind)
     causes += names.labels(spec.get("selector"), "spec.selector")
     for index, address in enumerate(spec.get("externalIPs") or ()):
         causes += ip_address(f"spec.externalIPs[{index}]", address)
     if not headless and spec.get("clusterIP"):
         causes += ip_address("spec.clusterIPs[0]", spec["clusterIP"])
     return causes
+
+
+def _traffic(spec: Object, kind: str) -> list[Cause]:
+    """Faults of the fields that say how traffic is spread and from where it may come."""
+    causes: list[Cause] = []
+    if spec.get("sessionAffinity") == "ClientIP":
+        configured = (spec.get("sessionAffinityConfig") or {}).get("clientIP") or {}
+        seconds = configured.get("timeoutSeconds", 1)
+        if not 1 <= seconds <= MAX_AFFINITY_SECONDS:
+            at = "spec.sessionAffinityConfig.clientIP.timeoutSeconds"
+            detail = f"must be greater than 0 and less than {MAX_AFFINITY_SECONDS}"
+            causes.append(faults.invalid_value(at, seconds, detail))
+    elif spec.get("sessionAffinityConfig"):
+        detail = "must not be set when session affinity is None"
+        causes.append(faults.forbidden("spec.sessionAffinityConfig", detail))
+    outside = kind in ("NodePort", "LoadBalancer") or spec.get("externalIPs")
+    if spec.get("externalTrafficPolicy") and not outside:
+        detail = "may only be set for externally-accessible services"
+        at = "spec.externalTrafficPolicy"
+        causes.append(faults.invalid_value(at, spec["externalTrafficPolicy"], detail))
+    if spec.get("healthCheckNodePort") and not (
+        kind == "LoadBalancer" and spec.get("externalTrafficPolicy") == "Local"
+    ):
+        detail = "may only be set when `type` is 'LoadBalancer' and `externalTrafficPolicy` is 'Local'"
+        at = "spec.healthCheckNodePort"
+        causes.append(faults.invalid_value(at, spec["healthCheckNodePort"], detail))
+    for field in ("loadBalancerSourceRanges", "loadBalancerClass", "allocateLoadBalancerNodePorts"):
+        if spec.get(field) is not None and kind != "LoadBalancer":
+            detail = "may only be used when `type` is 'LoadBalancer'"
+            causes.append(faults.forbidden(f"spec.{field}", detail))
+    for index, text in enumerate(spec.get("loadBalancerSourceRanges") or ()):
+        try:
+            ipaddress.ip_network(text.strip(), strict=False)
+        except ValueError:
+            detail = "must be a valid CIDR value, (e.g. 10.9.8.0/24 or 2001:db8::/64)"
+            causes.append(faults.invalid_value(f"spec.loadBalancerSourceRanges[{index}]", text, detail))
+    spread = spec.get("trafficDistribution")
+    if spread and spread not in TRAFFIC_DISTRIBUTIONS:
+        causes.append(faults.not_supported("spec.trafficDistribution", spread, TRAFFIC_DISTRIBUTIONS))
+    return causes
+
+
+def service_update(old: Object, new: Object) -> list[Cause]:
+    """Faults of a change: the class of a load balancer is chosen once."""
+    before, after = old.get("spec") or {}, new.get("spec") or {}
+    kind, was = after.get("loadBalancerClass"), before.get("loadBalancerClass")
+    stays = before.get("type") == after.get("type") == "LoadBalancer"
+    if not stays or kind == was:
+        return []
+    return [faults.invalid_value("spec.loadBalancerClass", kind, "may not change once set")]
 
 
 def _ports(ports: list[Object], kind: str) -> list[Cause]:
