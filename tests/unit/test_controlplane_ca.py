@@ -20,6 +20,7 @@ from meshlight.controlplane.facts import ObjectKey
 from meshlight.controlplane.identity import (
     Caller,
     Identity,
+    RememberingReviewer,
     ReviewUnavailable,
     Unauthenticated,
     bearer_token,
@@ -280,3 +281,36 @@ class TestSecret:
         secret["data"]["ca-key.pem"] = other["data"]["ca-key.pem"]
         with pytest.raises(AuthorityError, match=r"does not belong to ca-key\.pem"):
             from_secret(secret)
+
+
+def test_a_deleted_service_account_is_refused_at_once(service: CertificateService) -> None:
+    request = ask("spiffe://cluster.local/ns/shop/sa/web")
+    for key in (ObjectKey("shop", "web"), ObjectKey("istio-system", "ztunnel")):
+        service.nodes.observe_account(key, True)
+    service.sign(PROXY, request)
+    service.nodes.observe_account(ObjectKey("shop", "web"), False)
+    for caller, wanted in ((PROXY, request), (WEB, ask())):
+        with pytest.raises(GRPCError, match="service account shop/web does not exist") as refusal:
+            service.sign(caller, wanted)
+        assert refusal.value.status is Status.PERMISSION_DENIED
+
+
+async def test_a_reviewed_token_is_remembered_for_seconds_and_a_refused_one_never() -> None:
+    asked_for: list[str] = []
+
+    class Counting(Reviewer):
+        async def review(self, token: str) -> Caller:
+            asked_for.append(token)
+            return await super().review(token)
+
+    clock = [100.0]
+    reviewer = RememberingReviewer(Counting(), lambda: clock[0], seconds=10)
+    assert [await reviewer.review("web"), await reviewer.review("web")] == [WEB, WEB]
+    assert asked_for == ["web"]
+    clock[0] += 10
+    await reviewer.review("web")
+    assert asked_for == ["web", "web"]
+    for _ in range(2):
+        with pytest.raises(Unauthenticated):
+            await reviewer.review("stolen")
+    assert asked_for[2:] == ["stolen", "stolen"]

@@ -1,7 +1,8 @@
 """The mesh's certificate authority: its root, and the certificates it signs. No I/O.
 
-Roots are EC P-256. A workload's certificate names one SPIFFE identity and nothing else, for both
-sides of mutual TLS. The key of a request is used, everything else in it is ignored.
+Roots made here are EC P-256; plugged-in authorities may be EC or RSA. A workload's certificate names one
+SPIFFE identity and nothing else, for both sides of mutual TLS. The key of a request is used, everything else
+in it is ignored.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 CLOCK_SKEW = datetime.timedelta(minutes=2)
 """How far the clocks of two machines of the mesh may be apart."""
+
+PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 
 _MAX_REQUEST = 16 * 1024
 
@@ -50,9 +53,9 @@ class KeyPair:
 
 @dataclass(frozen=True, slots=True)
 class Authority:
-    """A root (or intermediate) that signs; `root_pem` is what peers are to trust."""
+    """A root (or intermediate) that signs; `root_pem` is what peers are to trust, one root or several."""
 
-    key: ec.EllipticCurvePrivateKey
+    key: PrivateKey
     certificate: x509.Certificate
     root_pem: bytes
     intermediates: tuple[bytes, ...] = ()
@@ -84,8 +87,8 @@ class Authority:
             private = serialization.load_pem_private_key(key, None)
         except (ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise AuthorityError(f"ca-key.pem is not a readable private key: {error}") from error
-        if not isinstance(private, ec.EllipticCurvePrivateKey):
-            raise AuthorityError("ca-key.pem is not an EC key; only EC authorities are supported")
+        if not isinstance(private, (ec.EllipticCurvePrivateKey, rsa.RSAPrivateKey)):
+            raise AuthorityError("ca-key.pem is neither an EC nor an RSA key")
         try:
             own = x509.load_pem_x509_certificate(certificate)
             roots = x509.load_pem_x509_certificates(root)
@@ -97,6 +100,38 @@ class Authority:
         between = [c for c in (own, *chained) if c not in roots]
         encoded = tuple(c.public_bytes(serialization.Encoding.PEM) for c in dict.fromkeys(between))
         return cls(private, own, root, encoded)
+
+    @property
+    def roots(self) -> list[x509.Certificate]:
+        """What peers are to trust."""
+        return x509.load_pem_x509_certificates(self.root_pem)
+
+    @property
+    def earliest_root_expiry(self) -> datetime.datetime:
+        """When the first of the roots expires."""
+        return min(root.not_valid_after_utc for root in self.roots)
+
+    def trusted_by(self, other: Authority) -> bool:
+        """Whether a peer that trusts only what `other` distributes trusts what this one has signed."""
+        return any(_chains_to(self, root) for root in other.roots)
+
+    def check(self, now: datetime.datetime) -> None:
+        """Raise AuthorityError unless its certificate is a CA's, is in force, and leads to one of its roots."""
+        try:
+            constraints = self.certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
+            if not constraints.ca:
+                raise AuthorityError("ca-cert.pem is not the certificate of an authority (CA:FALSE)")
+        except x509.ExtensionNotFound as error:
+            raise AuthorityError(
+                "ca-cert.pem is not the certificate of an authority: no constraints"
+            ) from error
+        end = self.certificate.not_valid_after_utc
+        if end <= now:
+            raise AuthorityError(f"ca-cert.pem expired at {end.isoformat()}")
+        if not any(_chains_to(self, root) for root in self.roots):
+            raise AuthorityError(
+                "ca-cert.pem with cert-chain.pem leads to none of root-cert.pem's certificates"
+            )
 
     def key_pem(self) -> bytes:
         """The private key; never log it."""
@@ -177,6 +212,28 @@ class Authority:
         )
 
 
+def _chains_to(authority: Authority, root: x509.Certificate) -> bool:
+    """Whether the authority's certificate was issued by `root`, directly or through its intermediates."""
+    between = [x509.load_pem_x509_certificate(pem) for pem in authority.intermediates]
+    current, seen = authority.certificate, {authority.certificate}
+    while current != root:
+        issuers = [root, *(c for c in between if c not in seen)]
+        issuer = next((c for c in issuers if _issued(current, c)), None)
+        if issuer is None:
+            return False
+        seen.add(issuer)
+        current = issuer
+    return True
+
+
+def _issued(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
+
+
 _PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey | ed25519.Ed25519PublicKey
 
 
@@ -212,7 +269,7 @@ def _key_usage(*, authority: bool) -> x509.KeyUsage:
     )
 
 
-def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+def private_pem(key: PrivateKey) -> bytes:
     """A private key as unencrypted PKCS #8 PEM."""
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()

@@ -7,6 +7,7 @@ the caller's: this module sees an authorization header and a request message.
 from __future__ import annotations
 
 import datetime
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -42,6 +43,7 @@ class CertificateService:
     nodes: NodeAuthorizer
     metrics: Metrics
     now: Callable[[], datetime.datetime]
+    granted: Callable[[datetime.timedelta], None] = lambda life: None
 
     async def authenticate(self, authorization: str | None) -> Caller:
         """The caller behind an authorization header; raises GRPCError."""
@@ -50,6 +52,7 @@ class CertificateService:
 
     def sign(self, caller: Caller, request: ca_pb2.IstioCertificateRequest) -> ca_pb2.IstioCertificateResponse:
         """Sign for an authenticated caller; raises GRPCError saying what is wrong."""
+        begun = time.perf_counter()
         identity = self._identity(caller, request)
         try:
             leaf = self.authority.sign_workload(
@@ -68,12 +71,29 @@ class CertificateService:
             log.error("certificate not signed", identity=identity, error=str(error))
             raise GRPCError(Status.INTERNAL, str(error)) from error
         self.metrics.certificates_issued.inc()
-        log.debug("certificate issued", identity=identity, caller=caller.service_account, pod=caller.pod_name)
+        self.metrics.issuance.observe(time.perf_counter() - begun)
+        self.granted(leaf.not_valid_after_utc - self.now())
+        # The audit trail: who got which identity, for how long. Never a key, a token or a request.
+        log.info(
+            "certificate issued",
+            identity=identity,
+            serial=f"{leaf.serial_number:x}",
+            expires=leaf.not_valid_after_utc,
+            caller=caller.service_account,
+            pod=caller.pod_name,
+            node=caller.node_name,
+        )
         return ca_pb2.IstioCertificateResponse(cert_chain=self.authority.chain(leaf))
 
     def _identity(self, caller: Caller, request: ca_pb2.IstioCertificateRequest) -> Identity:
         """The identity to certify: the caller's own, or the one it asks for on behalf of a pod."""
         wanted = request.metadata.fields[IMPERSONATED_IDENTITY].string_value
+        try:
+            self.nodes.check_account(caller.service_account)
+        except Forbidden as error:
+            self.metrics.authentication_failures.inc()
+            log.warn("certificate refused", caller=caller.service_account, error=str(error))
+            raise GRPCError(Status.PERMISSION_DENIED, str(error)) from error
         if not wanted:
             return Identity(self.trust_domain, caller.service_account)
         try:

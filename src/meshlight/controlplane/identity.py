@@ -6,7 +6,9 @@ behind a Protocol, so that everything above it is tested without an API server.
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +19,7 @@ from meshlight.kube.resources import TOKEN_REVIEWS
 _SPIFFE = re.compile(r"spiffe://([^/]+)/ns/([^/]+)/sa/([^/]+)")
 _USER = re.compile(r"system:serviceaccount:([^:]+):([^:]+)")
 _EXTRA = "authentication.kubernetes.io/"
+_REMEMBERED = 4096
 
 
 class IdentityError(Exception):
@@ -105,6 +108,30 @@ class KubernetesTokenReviewer:
             pod_uid=extra.get(f"{_EXTRA}pod-uid", ""),
             node_name=extra.get(f"{_EXTRA}node-name", ""),
         )
+
+
+class RememberingReviewer:
+    """Remembers for a few seconds whose a token is, as the API server's own webhook authenticator does.
+
+    A node proxy asks for many certificates with one token. What a token may do is still decided anew
+    for each request. Only successes are remembered, by the token's hash.
+    """
+
+    def __init__(self, reviewer: TokenReviewer, clock: Callable[[], float], seconds: float = 10) -> None:
+        self._reviewer, self._clock, self._seconds = reviewer, clock, seconds
+        self._known: dict[bytes, tuple[float, Caller]] = {}
+
+    async def review(self, token: str) -> Caller:
+        """See TokenReviewer."""
+        digest = hashlib.sha256(token.encode()).digest()
+        found = self._known.get(digest)
+        if found is not None and found[0] > self._clock():
+            return found[1]
+        caller = await self._reviewer.review(token)
+        if len(self._known) >= _REMEMBERED:
+            self._known.clear()
+        self._known[digest] = (self._clock() + self._seconds, caller)
+        return caller
 
 
 def bearer_token(authorization: str | None) -> str:

@@ -99,6 +99,14 @@ class Index:
         """Take an object's present state, None once it is deleted. `kind` as in its manifest."""
         self._observers[kind](key, obj)
 
+    def reconfigure(self, mesh: Mesh) -> None:
+        """Take other mesh-wide settings. AuthorizationPolicies are to be observed anew by the caller."""
+        self.mesh = mesh
+        self.policies.set_trust(TrustDomains(mesh.trust_domain, mesh.trust_domain_aliases))
+        self._touched_pods |= self._pods.keys()
+        self._touched_services |= self._services.keys()
+        self._touched_slices |= self._slices.keys()
+
     def service_count(self) -> int:
         """How many Services are known."""
         return len(self._services)

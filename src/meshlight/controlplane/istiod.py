@@ -8,14 +8,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import time
 from collections.abc import Callable
 
-from meshlight.controlplane import monitoring, root_secret, serve
+from meshlight.controlplane import mesh_config, monitoring, serve
 from meshlight.controlplane.authority import Authority, Lifetimes
+from meshlight.controlplane.authority_keeper import AuthorityKeeper
 from meshlight.controlplane.certificate_service import CertificateService
 from meshlight.controlplane.discovery import Discovery
+from meshlight.controlplane.discovery_scope import DiscoveryScope
 from meshlight.controlplane.facts import ObjectKey
-from meshlight.controlplane.identity import KubernetesTokenReviewer
+from meshlight.controlplane.identity import KubernetesTokenReviewer, RememberingReviewer
 from meshlight.controlplane.logs import Scope
 from meshlight.controlplane.metrics import Metrics
 from meshlight.controlplane.node_authorization import NodeAuthorizer
@@ -33,6 +36,7 @@ from meshlight.kube.resources import (
     NODES,
     PEER_AUTHENTICATIONS,
     PODS,
+    SERVICE_ACCOUNTS,
     SERVICES,
     Object,
 )
@@ -49,16 +53,31 @@ class Istiod:
 
     def __init__(self, settings: Settings, client: Client) -> None:
         self._settings, self._client = settings, client
-        mesh = settings.mesh
+        mesh = self._mesh = settings.mesh
         self._metrics = Metrics()
         self._discovery = Discovery(mesh, self._metrics, settings.debounce, settings.debounce_limit)
         self._nodes = NodeAuthorizer(mesh.trust_domain, settings.trusted_node_accounts)
-        self._reviewer = KubernetesTokenReviewer(client, settings.token_audience)
+        reviewer = KubernetesTokenReviewer(client, settings.token_audience)
+        self._reviewer = RememberingReviewer(reviewer, time.monotonic)
         self._caches = {resource.kind: Cache(client, resource) for resource in WATCHED}
-        self._authority: Authority | None = None
+        self._scope = DiscoveryScope(mesh, self._caches, self._discovery.observe)
+        self._accounts = Cache(client, SERVICE_ACCOUNTS)
+        selector = f"metadata.name={mesh_config.NAME}"
+        self._mesh_config = Cache(client, CONFIG_MAPS, namespace=mesh.root_namespace, field_selector=selector)
+        self._lifetimes = Lifetimes(
+            settings.default_certificate_lifetime, settings.maximum_certificate_lifetime
+        )
+        self._keeper = AuthorityKeeper(
+            client, mesh, self._metrics, self._lifetimes, settings.root_lifetime, _now
+        )
+        self._certificates: CertificateService | None = None
         self._serving = False
         for kind, cache in self._caches.items():
             cache.on_change(self._observer(kind))
+        self._accounts.on_change(
+            lambda old, new: self._nodes.observe_account(ObjectKey.of(new or old or {}), new is not None)
+        )
+        self._mesh_config.on_change(lambda old, new: self._configure(new))
         self._status = PolicyStatus(client, self._caches["AuthorizationPolicy"], self._discovery)
 
     def _observer(self, kind: str) -> _Callback:
@@ -68,14 +87,37 @@ class Istiod:
             self._metrics.object_changes.inc(kind, event)
             if kind == "Pod":
                 self._nodes.observe(key, new)
-            self._discovery.observe(kind, key, new)
+            self._scope.observe(kind, key, new)
 
         return changed
+
+    def _configure(self, config_map: Object | None) -> None:
+        """Take the mesh configuration; one that cannot be read leaves the last readable one in force."""
+        try:
+            mesh = mesh_config.parse(config_map).laid_over(self._settings.mesh)
+        except mesh_config.MeshConfigError as error:
+            log.error("mesh configuration not usable; the last usable one stays in force", error=str(error))
+            return
+        if mesh == self._mesh:
+            return
+        self._mesh = mesh
+        log.info(
+            "mesh configuration", trust_domain=mesh.trust_domain, aliases=list(mesh.trust_domain_aliases),
+            discovery_selectors=len(mesh.discovery_selectors),
+        )  # fmt: skip
+        self._discovery.index.reconfigure(mesh)
+        self._nodes.set_trust_domain(mesh.trust_domain)
+        if self._certificates is not None:
+            self._certificates.trust_domain = mesh.trust_domain
+        self._scope.reconfigure(mesh)
+        policies = self._caches["AuthorizationPolicy"]
+        for (namespace, name), obj in policies.objects.items():
+            self._scope.observe("AuthorizationPolicy", ObjectKey(namespace, name), obj)
 
     def missing(self) -> list[str]:
         """What readiness waits for."""
         waits = [kind for kind, cache in self._caches.items() if not cache.synced.is_set()]
-        if self._authority is None:
+        if not self._keeper.loaded:
             waits.append("CA")
         if not waits and not (self._discovery.synced.is_set() and self._serving):
             waits.append("servers")
@@ -94,24 +136,24 @@ class Istiod:
             ):
                 runner = await monitoring.listen(app, settings.bind_address, port)
                 stack.push_async_callback(runner.cleanup)
-            for cache in self._caches.values():
+            followed = [*self._caches.values(), self._accounts, self._mesh_config, *self._keeper.caches]
+            for cache in followed:
                 group.create_task(_follow(cache))
-            self._authority = await root_secret.load_or_create(
-                self._client, settings.mesh.root_namespace, settings.mesh.trust_domain, settings.root_lifetime
-            )
-            self._metrics.root_expiry.set(self._authority.certificate.not_valid_after_utc.timestamp())
+            await self._keeper.load()
             config_maps = Cache(self._client, CONFIG_MAPS, field_selector=f"metadata.name={ROOT_CONFIG_MAP}")
             roots = RootCertificates(
-                self._client, self._caches["Namespace"], config_maps, self._authority.root_pem.decode()
+                self._client, self._caches["Namespace"], config_maps, self._keeper.current.root_pem.decode()
             )
+            self._keeper.on_change(lambda authority: roots.publish(authority.root_pem.decode()))
             group.create_task(_follow(config_maps))
             group.create_task(roots.run())
-            await asyncio.gather(*(cache.synced.wait() for cache in self._caches.values()))
+            group.create_task(self._keeper.run())
+            await asyncio.gather(*(cache.synced.wait() for cache in followed))
             self._discovery.start()
             group.create_task(self._discovery.run())
             group.create_task(self._status.run())
             # Only now: which identities a node may have is known once all pods are.
-            await self._open_grpc(stack, group, self._authority)
+            await self._open_grpc(stack, group, self._keeper.current)
             log.info("istiod ready", objects={k: len(c.objects) for k, c in self._caches.items()})
 
     async def _open_grpc(
@@ -120,15 +162,22 @@ class Istiod:
         settings = self._settings
         certificate = ServingCertificate(authority, dns_names(settings.mesh), _now)
         group.create_task(certificate.run())
-        certificates = CertificateService(
+        certificates = self._certificates = CertificateService(
             authority,
-            Lifetimes(settings.default_certificate_lifetime, settings.maximum_certificate_lifetime),
-            settings.mesh.trust_domain,
+            self._lifetimes,
+            self._mesh.trust_domain,
             self._reviewer,
             self._nodes,
             self._metrics,
             _now,
+            self._keeper.granted,
         )
+
+        def adopt(changed: Authority) -> None:
+            certificates.authority = changed
+            certificate.reissue(changed)
+
+        self._keeper.on_change(adopt)
         plain = serve.DiscoveryService(
             self._discovery, self._reviewer if settings.plaintext_needs_token else None, trust_loopback=True
         )

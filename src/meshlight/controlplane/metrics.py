@@ -113,6 +113,22 @@ class Metrics:
             "The unix timestamp, in seconds, when Citadel root cert will expire.",
             registry=registry,
         )
+        self.chain_expiry = Gauge(
+            "citadel_server_cert_chain_expiry_timestamp",
+            "The unix timestamp, in seconds, when Citadel cert chain will expire.",
+            registry=registry,
+        )
+        self.root_load_errors = Count(
+            registry,
+            "citadel_server_root_cert_load_error_count",
+            "The number of times a changed authority could not be used; the last usable one stays.",
+        )
+        self.issuance = Histogram(
+            "citadel_server_cert_issuance_seconds",
+            "Time from an authenticated request to its signed certificate.",
+            buckets=(0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
+            registry=registry,
+        )
 
     def exposition(self) -> bytes:
         """The Prometheus text format."""

@@ -2,7 +2,8 @@
 
 A stolen node credential is then worth no more than that node. The rule is Istio's node authorizer:
 the caller's service account must be trusted, its token must be of a pod that runs, and a pod of the
-wanted identity must run on the same node. Pure; fed with pod changes.
+wanted identity must run on the same node. An identity whose service account was deleted is refused at once,
+whatever still runs as it. Pure; fed with changes of pods and service accounts.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class NodeAuthorizer:
         self._trusted = trusted
         self._pods: dict[ObjectKey, _Placement] = {}
         self._running: Counter[tuple[str, ServiceAccount]] = Counter()
+        self._accounts: set[ServiceAccount] | None = None
 
     def observe(self, key: ObjectKey, obj: Object | None) -> None:
         """Take a pod's present state, None once it is deleted."""
@@ -48,6 +50,25 @@ class NodeAuthorizer:
             self._pods[key] = new
             self._running[new.node, new.service_account] += 1
 
+    def observe_account(self, key: ObjectKey, exists: bool) -> None:
+        """Take a service account's existence. Before the first is heard of, none is missed."""
+        if self._accounts is None:
+            self._accounts = set()
+        account = ServiceAccount(key.namespace, key.name)
+        if exists:
+            self._accounts.add(account)
+        else:
+            self._accounts.discard(account)
+
+    def check_account(self, account: ServiceAccount) -> None:
+        """Raise Forbidden when the service account does not exist (any more)."""
+        if self._accounts is not None and account not in self._accounts:
+            raise Forbidden(f"service account {account} does not exist")
+
+    def set_trust_domain(self, trust_domain: str) -> None:
+        """Certify for another trust domain from now on."""
+        self._trust_domain = trust_domain
+
     def authorize(self, caller: Caller, wanted: Identity) -> None:
         """Raise Forbidden unless the caller may have a certificate of `wanted`."""
         account = caller.service_account
@@ -55,6 +76,7 @@ class NodeAuthorizer:
             raise Forbidden(f"service account {account} may not ask for other identities")
         if wanted.trust_domain != self._trust_domain:
             raise Forbidden(f"trust domain {wanted.trust_domain!r} is not this mesh's, {self._trust_domain!r}")
+        self.check_account(wanted.service_account)
         node = self._node_of(caller)
         if not self._running[node, wanted.service_account]:
             raise Forbidden(f"no pod of service account {wanted.service_account} runs on node {node!r}")

@@ -46,6 +46,10 @@ class PolicyIndex:
         self._selecting: defaultdict[str, dict[ObjectKey, CompiledPolicy]] = defaultdict(dict)
         self._peers: defaultdict[str, dict[ObjectKey, PeerAuthentication]] = defaultdict(dict)
 
+    def set_trust(self, trust: TrustDomains) -> None:
+        """Compile what is taken from now on for other trust domains; the caller sets all policies anew."""
+        self._trust = trust
+
     def set_authorization_policy(self, key: ObjectKey, obj: Object | None) -> Effect:
         """Take an AuthorizationPolicy, or its deletion."""
         new = None if obj is None else compile_policy(obj, self.root_namespace, self._trust)

@@ -39,6 +39,7 @@ class RootCertificates:
         self._due: asyncio.Queue[str] = asyncio.Queue()
         self._queued: set[str] = set()
         self._failures: dict[str, int] = {}
+        self._following = False
         namespaces.on_change(lambda old, new: self._add((new or old or {})["metadata"]["name"]))
         config_maps.on_change(lambda old, new: self._add((new or old or {})["metadata"]["namespace"]))
 
@@ -47,9 +48,18 @@ class RootCertificates:
             self._queued.add(namespace)
             self._due.put_nowait(namespace)
 
+    def publish(self, root: str) -> None:
+        """Publish other roots from now on."""
+        if root != self._root:
+            self._root = root
+            if self._following:
+                for _, name in self._namespaces.objects:
+                    self._add(name)
+
     async def run(self) -> None:
         """Work until cancelled; begins once both caches are complete."""
         await asyncio.gather(self._namespaces.synced.wait(), self._config_maps.synced.wait())
+        self._following = True
         for _, name in self._namespaces.objects:
             self._add(name)
         while True:

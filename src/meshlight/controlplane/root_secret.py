@@ -40,7 +40,7 @@ def to_secret(authority: Authority, namespace: str) -> Object:
 
 def from_secret(secret: Object) -> Authority:
     """The authority a Secret keeps; raises AuthorityError naming what is missing or wrong."""
-    where = f"Secret {secret['metadata'].get('namespace')}/{NAME}"
+    where = f"Secret {secret['metadata'].get('namespace')}/{secret['metadata'].get('name', NAME)}"
     stored = secret.get("data") or {}
 
     def part(name: str, *, required: bool) -> bytes:

@@ -62,6 +62,11 @@ class ServingCertificate:
         log.info("serving certificate issued", names=list(self._names), expires=pair.not_after)
         return pair.not_after
 
+    def reissue(self, authority: Authority) -> None:
+        """Serve a certificate of another authority from now on."""
+        self._authority = authority
+        self.not_after = self._renew()
+
     async def run(self) -> None:
         """Renew at half the certificate's life until cancelled."""
         while True:
