@@ -16,13 +16,16 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 import meshlight
+from meshlight.controlplane.envoy.index import EnvoyIndex
+from meshlight.controlplane.envoy.names import ProxyKey, account_names
 from meshlight.controlplane.facts import ObjectKey
+from meshlight.controlplane.identity import Caller
 from meshlight.controlplane.index import Index
 from meshlight.controlplane.logs import Scope
 from meshlight.controlplane.metrics import Metrics
-from meshlight.controlplane.resources import TYPE_PREFIX
+from meshlight.controlplane.resources import TYPE_PREFIX, Changes
 from meshlight.controlplane.settings import Mesh
-from meshlight.controlplane.xds import Rejection, Response, Session
+from meshlight.controlplane.xds import NotYours, Proxy, Rejection, Response, Session
 from meshlight.kube.resources import Object
 from meshlight.proto import discovery_pb2 as ads
 
@@ -36,6 +39,7 @@ class Connection:
     session: Session
     peer: str
     connected_at: float
+    caller: Caller | None = None
     owed: asyncio.Event = field(default_factory=asyncio.Event)
     owed_since: float | None = None
 
@@ -48,6 +52,7 @@ class Discovery:
 
     def __init__(self, mesh: Mesh, metrics: Metrics, debounce: timedelta, limit: timedelta) -> None:
         self.index = Index(mesh)
+        self.envoy = EnvoyIndex(self.index)
         self.metrics = metrics
         self.connections: set[Connection] = set()
         self.synced = asyncio.Event()
@@ -66,7 +71,9 @@ class Discovery:
     def observe(self, kind: str, key: ObjectKey, obj: Object | None) -> None:
         """Take an object's present state. One that cannot be read keeps its last readable state."""
         try:
-            self.index.observe(kind, key, obj)
+            if self.index.takes(kind):
+                self.index.observe(kind, key, obj)
+            self.envoy.observe(kind, key, obj)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             self.metrics.unreadable_objects.inc(kind)
             log.error(
@@ -76,7 +83,7 @@ class Discovery:
         if not self._changed.is_set():
             self._first_change = now
         self._last_change = now
-        if self.index.pending():
+        if self.index.pending() or self.envoy.pending():
             self._changed.set()
 
     def start(self) -> None:
@@ -101,27 +108,32 @@ class Discovery:
 
     def _push(self) -> None:
         self._changed.clear()
-        changes = self.index.commit()
-        if not changes:
+        changes, of_proxies = self.index.commit(), self.envoy.commit()
+        if not changes and not of_proxies:
             return
         since = self._first_change
         self.metrics.debounce.observe(max(time.monotonic() - since, 0))
         self.metrics.services.set(self.index.service_count())
         for connection in self.connections:
-            if connection.session.change(changes):
+            gateway = connection.session.proxy.gateway
+            concerned = changes if gateway is None else of_proxies.get(gateway, {})
+            if connection.session.change(concerned):
                 connection.owed_since = connection.owed_since or since
                 connection.owed.set()
-        summary = {
+        summary: dict[str, object] = {
             type_url.rpartition(".")[2]: {"updated": len(change.updated), "removed": len(change.removed)}
             for type_url, change in changes.items()
         }
+        summary |= {f"{key.namespace}/{key.gateway}": _counts(change) for key, change in of_proxies.items()}
         log.info("push", connections=len(self.connections), changes=summary)
 
     @contextlib.contextmanager
-    def connection(self, peer: str) -> Iterator[Connection]:
-        """A connection for as long as its stream lives."""
-        session = Session(self.index.collections, next(self._ids))
-        connection = Connection(session, peer, time.time())
+    def connection(self, peer: str, caller: Caller | None = None) -> Iterator[Connection]:
+        """A connection for as long as its stream lives; `caller` None is one without credentials."""
+        session = Session(
+            self.index.collections, next(self._ids), lambda key: self.envoy.proxy(key).collections
+        )
+        connection = Connection(session, peer, time.time(), caller)
         self.connections.add(connection)
         self._count_connections()
         try:
@@ -137,8 +149,10 @@ class Discovery:
         self.metrics.connections.labels(version=meshlight.__version__).set(len(self.connections))
 
     def receive(self, connection: Connection, request: ads.DeltaDiscoveryRequest) -> None:
-        """Take a request of a client; raises xds.UnknownType."""
+        """Take a request of a client; raises xds.UnknownType and xds.NotYours."""
         session = connection.session
+        if request.HasField("node"):
+            _check(connection.caller, Proxy.of(request.node).gateway)
         fresh = request.type_url not in session.subscriptions
         rejection = session.receive(request, time.time())
         if rejection is not None:
@@ -195,3 +209,18 @@ class Discovery:
 def short_name(type_url: str) -> str:
     """A type as logs and metrics name it: `istio.workload.Address`."""
     return type_url.removeprefix(TYPE_PREFIX)
+
+
+def _check(caller: Caller | None, gateway: ProxyKey | None) -> None:
+    """A waypoint or gateway shows the token of its own service account."""
+    if caller is None or gateway is None:
+        return
+    account = caller.service_account
+    if account.namespace != gateway.namespace or account.name not in account_names(gateway.gateway):
+        raise NotYours(
+            f"service account {account} is not that of gateway {gateway.namespace}/{gateway.gateway}"
+        )
+
+
+def _counts(changes: Changes) -> dict[str, str]:
+    return {t.rpartition(".")[2]: f"+{len(c.updated)} -{len(c.removed)}" for t, c in changes.items()}

@@ -3,8 +3,6 @@
 `observe` takes one object change and only notes which workloads, services and policies it may
 touch; `commit` compiles those, once each however often they were touched, and answers with what
 really differs. Pure: no clock, no network, and the same changes give the same resources.
-
-Waypoints will enter as further facts of services and workloads; nothing here assumes there are none.
 """
 
 from __future__ import annotations
@@ -27,6 +25,7 @@ from meshlight.controlplane.resources import (
     publish,
 )
 from meshlight.controlplane.settings import Mesh
+from meshlight.controlplane.waypoints import Touched, WaypointIndex
 from meshlight.kube.resources import Object
 from meshlight.proto import workload_pb2 as wds
 
@@ -66,6 +65,7 @@ class Index:
         self.policies = PolicyIndex(
             mesh.root_namespace, TrustDomains(mesh.trust_domain, mesh.trust_domain_aliases)
         )
+        self.waypoints = WaypointIndex(mesh)
         self.collections = {type_url: Collection() for type_url in (AUTHORIZATION_TYPE, ADDRESS_TYPE)}
         self._pods: dict[ObjectKey, facts.Pod] = {}
         self._pods_by_namespace: Groups[str] = Groups()
@@ -93,6 +93,7 @@ class Index:
                 self.policies.set_authorization_policy(key, obj)
             ),
             "PeerAuthentication": lambda key, obj: self._apply(self.policies.set_peer_authentication(key, obj)),
+            "Gateway": lambda key, obj: self._rebind(self.waypoints.set_gateway(key, obj)),
         }
 
     def observe(self, kind: str, key: ObjectKey, obj: Object | None) -> None:
@@ -107,9 +108,37 @@ class Index:
         self._touched_services |= self._services.keys()
         self._touched_slices |= self._slices.keys()
 
+    def takes(self, kind: str) -> bool:
+        """Whether objects of a kind matter here."""
+        return kind in self._observers
+
     def service_count(self) -> int:
         """How many Services are known."""
         return len(self._services)
+
+    def service(self, key: ObjectKey) -> facts.Service | None:
+        """A Service's facts."""
+        return self._services.get(key)
+
+    def services_in(self, namespace: str) -> AbstractSet[ObjectKey]:
+        """The Services of a namespace."""
+        return self._services_by_namespace[namespace]
+
+    def services_of_pod(self, key: ObjectKey) -> set[ObjectKey]:
+        """The Services that a pod is a member of."""
+        return {self._slices[s].service for s in self._slices_by_pod[key]}
+
+    def slices_of(self, service: ObjectKey) -> list[facts.EndpointSlice]:
+        """A Service's EndpointSlices, in a stable order."""
+        return [self._slices[key] for key in sorted(self._slices_by_service[service])]
+
+    def pod(self, key: ObjectKey) -> facts.Pod | None:
+        """A Pod's facts."""
+        return self._pods.get(key)
+
+    def node(self, name: str) -> facts.Node | None:
+        """A Node's facts."""
+        return self._nodes.get(name)
 
     def pending(self) -> bool:
         """Whether a commit may change something."""
@@ -150,6 +179,7 @@ class Index:
         old = self._pods.get(key)
         if new == old:
             return
+        self.waypoints.set_pod(key, dict(new.labels) if new else None)
         self._touched_pods.add(key)
         if old is not None:
             del self._pods[key]
@@ -175,13 +205,25 @@ class Index:
         self._touched_pods |= self._pods_by_node[key.name]
 
     def _namespace(self, key: ObjectKey, obj: Object | None) -> None:
+        labels = None if obj is None else obj["metadata"].get("labels") or {}
+        if self.waypoints.set_namespace(key.name, labels):
+            self._rebind(Touched({key.name}))
         new = "" if obj is None else facts.namespace(obj)
         if new == self._namespaces.get(key.name, ""):
             return
         self._namespaces[key.name] = new
         self._touched_services |= self._services_by_namespace[key.name]
 
+    def _rebind(self, touched: Touched) -> None:
+        self._touched_services |= touched.services
+        self._touched_pods |= touched.pods
+        for namespace in touched.namespaces:
+            self._touched_services |= self._services_by_namespace[namespace]
+            self._touched_pods |= self._pods_by_namespace[namespace]
+
     def _service(self, key: ObjectKey, obj: Object | None) -> None:
+        if self.waypoints.set_service(key, obj["metadata"].get("labels") if obj else None):
+            self._touched_services.add(key)
         new = None if obj is None else facts.service(obj)
         old = self._services.get(key)
         if new == old:
@@ -247,6 +289,8 @@ class Index:
             self._withdraw(ADDRESS_TYPE, name, changes)
             return
         message = workload.from_service(self.mesh, service, self._namespaces.get(key.namespace, ""))
+        if waypoint := self.waypoints.of_service(key):
+            message.waypoint.CopyFrom(self.waypoints.address(waypoint))
         aliases = [self._alias(address) for address in service.addresses]
         resource = publish(ADDRESS_TYPE, name, wds.Address(service=message), aliases)
         if self.collections[ADDRESS_TYPE].put(resource):
@@ -262,6 +306,12 @@ class Index:
         message = workload.from_pod(
             self.mesh, pod, self._nodes.get(pod.node), self._memberships(slices), attached
         )
+        labels = dict(pod.labels)
+        if waypoint := self.waypoints.of_pod(key, labels):
+            message.waypoint.CopyFrom(self.waypoints.address(waypoint))
+        if instance := self.waypoints.instance_of(key.namespace, labels):
+            message.application_tunnel.protocol = wds.ApplicationTunnel.PROXY
+            message.application_tunnel.port = instance.tunnel_port
         self._publish_workload(message, changes)
 
     def _publish_bare_endpoints(self, key: ObjectKey, changes: dict[str, Change]) -> None:

@@ -18,6 +18,7 @@ from meshlight.controlplane.certificate_service import CertificateService
 from meshlight.controlplane.discovery import Discovery
 from meshlight.controlplane.discovery_scope import DiscoveryScope
 from meshlight.controlplane.facts import ObjectKey
+from meshlight.controlplane.gateways.controller import GatewayController
 from meshlight.controlplane.identity import KubernetesTokenReviewer, RememberingReviewer
 from meshlight.controlplane.logs import Scope
 from meshlight.controlplane.metrics import Metrics
@@ -32,6 +33,8 @@ from meshlight.kube.resources import (
     AUTHORIZATION_POLICIES,
     CONFIG_MAPS,
     ENDPOINT_SLICES,
+    GATEWAY_CLASSES,
+    GATEWAYS,
     NAMESPACES,
     NODES,
     PEER_AUTHENTICATIONS,
@@ -41,7 +44,10 @@ from meshlight.kube.resources import (
     Object,
 )
 
-WATCHED = (NAMESPACES, NODES, PODS, SERVICES, ENDPOINT_SLICES, PEER_AUTHENTICATIONS, AUTHORIZATION_POLICIES)
+WATCHED = (
+    NAMESPACES, NODES, PODS, SERVICES, ENDPOINT_SLICES, PEER_AUTHENTICATIONS, AUTHORIZATION_POLICIES,
+    GATEWAY_CLASSES, GATEWAYS,
+)  # fmt: skip
 
 _Callback = Callable[[Object | None, Object | None], None]
 
@@ -79,6 +85,9 @@ class Istiod:
         )
         self._mesh_config.on_change(lambda old, new: self._configure(new))
         self._status = PolicyStatus(client, self._caches["AuthorizationPolicy"], self._discovery)
+        self._gateways = GatewayController(
+            client, self._caches["GatewayClass"], self._caches["Gateway"], self._caches["Service"]
+        )
 
     def _observer(self, kind: str) -> _Callback:
         def changed(old: Object | None, new: Object | None) -> None:
@@ -106,6 +115,7 @@ class Istiod:
             discovery_selectors=len(mesh.discovery_selectors),
         )  # fmt: skip
         self._discovery.index.reconfigure(mesh)
+        self._discovery.envoy.reconfigure()
         self._nodes.set_trust_domain(mesh.trust_domain)
         if self._certificates is not None:
             self._certificates.trust_domain = mesh.trust_domain
@@ -152,6 +162,8 @@ class Istiod:
             self._discovery.start()
             group.create_task(self._discovery.run())
             group.create_task(self._status.run())
+            group.create_task(_follow(self._gateways.deployments))
+            group.create_task(self._gateways.run())
             # Only now: which identities a node may have is known once all pods are.
             await self._open_grpc(stack, group, self._keeper.current)
             log.info("istiod ready", objects={k: len(c.objects) for k, c in self._caches.items()})

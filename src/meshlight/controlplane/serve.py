@@ -25,7 +25,7 @@ from meshlight.controlplane.certificate_service import CertificateService, authe
 from meshlight.controlplane.discovery import Connection, Discovery
 from meshlight.controlplane.identity import TokenReviewer
 from meshlight.controlplane.logs import Scope
-from meshlight.controlplane.xds import UnknownType
+from meshlight.controlplane.xds import NotYours, UnknownType
 from meshlight.proto import ca_pb2
 from meshlight.proto import discovery_pb2 as ads
 
@@ -73,11 +73,12 @@ class DiscoveryService:
     async def delta(self, stream: Stream[Any, Any]) -> None:
         """One client, for as long as it stays."""
         peer = _peer_address(stream)
+        caller = None
         if self.reviewer is not None and not (self.trust_loopback and is_loopback(peer)):
-            await authenticate(self.reviewer, _authorization(stream), self.discovery.metrics)
+            caller = await authenticate(self.reviewer, _authorization(stream), self.discovery.metrics)
         await self.discovery.synced.wait()
         failure: GRPCError | None = None
-        with self.discovery.connection(peer) as connection:
+        with self.discovery.connection(peer, caller) as connection:
             try:
                 async with asyncio.TaskGroup() as group:
                     writer = group.create_task(self._write(stream, connection))
@@ -86,6 +87,8 @@ class DiscoveryService:
                             self.discovery.receive(connection, request)
                     except UnknownType as error:
                         failure = GRPCError(Status.INVALID_ARGUMENT, str(error))
+                    except NotYours as error:
+                        failure = GRPCError(Status.PERMISSION_DENIED, str(error))
                     except GRPCError as error:
                         failure = error
                     writer.cancel()

@@ -12,10 +12,12 @@ bringing their workloads, and the workloads of the client's own node coming unas
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from meshlight.controlplane.envoy import wire
+from meshlight.controlplane.envoy.names import ProxyKey
 from meshlight.controlplane.resources import (
     ADDRESS_TYPE,
     AUTHORIZATION_TYPE,
@@ -184,9 +186,13 @@ class Subscription:
         names = (*resource.aliases, *resource.groups)
         return self._node_group in names or not self._requested.isdisjoint(names)
 
-    def respond(self, nonce: str, now: float) -> Response | None:
-        """The response that is owed, if any; afterwards nothing is owed."""
-        if not (self._owed or self._owed_removed or self._must_answer):
+    def owe_again(self, names: Iterable[str]) -> None:
+        """Owe resources that the client has, where it asked for them."""
+        self._owed.update(name for name in names if self.wildcard or name in self._requested)
+
+    def respond(self, nonce: str, now: float, *, removals: bool = True) -> Response | None:
+        """The response that is owed, if any; afterwards nothing is owed but, if held back, removals."""
+        if not (self._owed or (self._owed_removed and removals) or self._must_answer):
             return None
         present = []
         for name in sorted(self._owed):
@@ -196,14 +202,15 @@ class Subscription:
         if not self.wildcard:
             self._sent |= self._owed
             self._sent -= self._owed_removed
-        removed = sorted(self._owed_removed)
+        removed = sorted(self._owed_removed) if removals else []
         if not (present or removed or self._must_answer):
             self._owed = set()
             return None
         head = ads.DeltaDiscoveryResponse(type_url=self.type_url, nonce=nonce, removed_resources=removed)
         encoded = head.SerializeToString() + b"".join(resource.fragment for resource in present)
         self._held = {}  # only a claim about the time before this stream
-        self._owed, self._owed_removed, self._must_answer = set(), set(), False
+        self._owed, self._must_answer = set(), False
+        self._owed_removed.difference_update(removed)
         self._in_flight = tuple(resource.name for resource in present)
         state = self.acknowledgement
         state.sent_nonce, state.sent_at = nonce, now
@@ -244,6 +251,7 @@ class Proxy:
     node: str
     version: str
     cluster: str
+    gateway: ProxyKey | None = None
 
     @classmethod
     def of(cls, node: ads.Node) -> Proxy:
@@ -254,6 +262,9 @@ class Proxy:
             node=metadata.get("NODE_NAME", ""),
             version=metadata.get("ISTIO_VERSION", ""),
             cluster=metadata.get("CLUSTER_ID", ""),
+            gateway=ProxyKey(metadata["NAMESPACE"], metadata["GATEWAY_NAME"])
+            if metadata.get("GATEWAY_NAME") and metadata.get("NAMESPACE")
+            else None,
         )
 
     @property
@@ -267,11 +278,23 @@ class UnknownType(Exception):
     """A client asked for a resource type that is not served."""
 
 
-class Session:
-    """All types of one connection."""
+class NotYours(Exception):
+    """A client says it is a waypoint or gateway that its credentials are not of."""
 
-    def __init__(self, collections: Mapping[str, Resources], id: int) -> None:
+
+Scopes = Callable[[ProxyKey], Mapping[str, Resources]]
+"""The collections of a waypoint or gateway."""
+
+_ORDER = {type_url: place for place, type_url in enumerate((AUTHORIZATION_TYPE, *wire.TYPES))}
+_LAST = len(_ORDER)
+
+
+class Session:
+    """All types of one connection. A waypoint's or gateway's has collections of its own, from `scopes`."""
+
+    def __init__(self, collections: Mapping[str, Resources], id: int, scopes: Scopes | None = None) -> None:
         self.id = id
+        self._scopes = scopes
         self.proxy = Proxy("", "", "", "")
         self.subscriptions: dict[str, Subscription] = {}
         self._sources: dict[str, Resources] = {
@@ -284,6 +307,8 @@ class Session:
         """Take one request. Raises UnknownType naming a type that is not served."""
         if request.HasField("node"):
             self.proxy = Proxy.of(request.node)
+            if self.proxy.gateway is not None and self._scopes is not None:
+                self._sources = dict(self._scopes(self.proxy.gateway))
         subscription = self.subscriptions.get(request.type_url)
         if subscription is None:
             source = self._sources.get(request.type_url)
@@ -302,15 +327,25 @@ class Session:
             change = changes.get(ADDRESS_TYPE if type_url == WORKLOAD_TYPE else type_url)
             if change:
                 owed |= subscription.change(_workloads_of(change) if type_url == WORKLOAD_TYPE else change)
+        clusters, endpoints = changes.get(wire.CLUSTER_TYPE), self.subscriptions.get(wire.ENDPOINT_TYPE)
+        if clusters and endpoints:
+            # Envoy warms a changed cluster until it is told its endpoints anew, which it does not ask for.
+            endpoints.owe_again(clusters.updated)
         return owed
 
     def respond(self, now: float) -> Iterator[Response]:
-        """Every response that is owed. Policies come first, so that no workload names an unknown one."""
-        order = sorted(self.subscriptions, key=lambda type_url: type_url != AUTHORIZATION_TYPE)
-        for type_url in order:
-            response = self.subscriptions[type_url].respond(f"{self.id}-{next(self._nonces)}", now)
-            if response is not None:
-                yield response
+        """Every response that is owed, in an order in which nothing names what the client does not have:
+        policies before workloads, clusters before routes, and removals of clusters after everything."""
+        for type_url in sorted(self.subscriptions, key=lambda type_url: _ORDER.get(type_url, _LAST)):
+            yield from self._respond(type_url, now, removals=type_url != wire.CLUSTER_TYPE)
+        if wire.CLUSTER_TYPE in self.subscriptions:
+            yield from self._respond(wire.CLUSTER_TYPE, now, removals=True)
+
+    def _respond(self, type_url: str, now: float, *, removals: bool) -> Iterator[Response]:
+        nonce = f"{self.id}-{next(self._nonces)}"
+        response = self.subscriptions[type_url].respond(nonce, now, removals=removals)
+        if response is not None:
+            yield response
 
 
 def _workloads_of(change: Change) -> Change:

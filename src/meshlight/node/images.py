@@ -33,6 +33,7 @@ def built_in() -> dict[str, list[str]]:
     return {
         "*istio/pilot*": [sys.executable, "-m", "meshlight.controlplane"],
         "*istio/ztunnel*": [ztunnel()],
+        "*istio/proxyv2*": [sys.executable, "-m", "meshlight.controlplane.gateways.proxy"],
         "*coredns*": [sys.executable, "-m", "meshlight.controllers.dns"],
     }
 

@@ -1,0 +1,221 @@
+"""A waypoint's listener: connections come from the node proxy with PROXY protocol. Pure.
+
+HTTP connections of every service end in one connection manager. It takes the routes of a request
+from where the connection was going (scoped routes, keyed by address and port), so that services come and
+go, and their routes and policies change, without a change of the listener: nothing is drained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from envoy.config.common.matcher.v3 import matcher_pb2  # noqa: F401 - registers what matchers refer to
+from envoy.config.common.mutation_rules.v3 import mutation_rules_pb2
+from envoy.config.core.v3 import address_pb2, base_pb2, substitution_format_string_pb2
+from envoy.config.listener.v3 import listener_components_pb2 as parts
+from envoy.config.listener.v3 import listener_pb2
+from envoy.config.rbac.v3 import rbac_pb2
+from envoy.extensions.filters.common.set_filter_state.v3 import value_pb2
+from envoy.extensions.filters.listener.http_inspector.v3 import http_inspector_pb2
+from envoy.extensions.filters.listener.proxy_protocol.v3 import proxy_protocol_pb2
+from envoy.extensions.filters.network.http_connection_manager.v3 import http_connection_manager_pb2 as hcm
+from envoy.extensions.filters.network.rbac.v3 import rbac_pb2 as network_rbac
+from envoy.extensions.filters.network.set_filter_state.v3 import set_filter_state_pb2
+from envoy.extensions.filters.network.tcp_proxy.v3 import tcp_proxy_pb2
+from envoy.extensions.http.early_header_mutation.header_mutation.v3 import header_mutation_pb2
+from envoy.extensions.matching.common_inputs.network.v3 import network_inputs_pb2 as inputs
+from google.protobuf import wrappers_pb2
+from xds.type.matcher.v3 import matcher_pb2 as match
+
+from meshlight.controlplane.envoy import names, wire
+
+SOURCE_PRINCIPAL = "mesh.source_principal"
+"""Filter state: the client's SPIFFE identity, as the node proxy proved it."""
+_IDENTITY_TLV = 0xD0
+_TLV_NAMESPACE = "envoy.filters.listener.proxy_protocol"
+_PRINCIPAL = "principal"
+INSPECTION_TIMEOUT = 5.0
+
+HTTP_CHAIN = "http"
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where a connection may be going, and the filter chain that takes it.
+
+    `chain` HTTP_CHAIN is for HTTP; `other` is the chain of connections that turn out not to be
+    HTTP, where the port's protocol is not declared (None: it is).
+    """
+
+    address: str
+    port: int
+    chain: str
+    other: str | None = None
+
+
+def waypoint(
+    port: int,
+    http: Any,
+    destinations: Sequence[Destination],
+    tcp: Mapping[str, Sequence[Any]],
+    *,
+    rest: Destination | None = None,
+) -> Any:
+    """The one listener of a waypoint. `tcp` holds the network filters of the chains that are not HTTP;
+    `rest` says what becomes of connections to no known destination (None: they are closed)."""
+    chains = [_chain(HTTP_CHAIN, [network_filter("envoy.filters.network.http_connection_manager", http)])]
+    chains += [_chain(name, filters) for name, filters in sorted(tcp.items())]
+    listener = listener_pb2.Listener(
+        name=names.WAYPOINT_LISTENER,
+        address=wire.socket_address("0.0.0.0", port),
+        listener_filters=[_proxy_protocol(), _inspector(destinations)],
+        listener_filters_timeout=wire.seconds(INSPECTION_TIMEOUT),
+        continue_on_listener_filters_timeout=True,
+        filter_chains=chains,
+        traffic_direction=base_pb2.INBOUND,
+    )
+    listener.filter_chain_matcher.CopyFrom(_matcher(destinations, rest))
+    return listener
+
+
+def scoped_routes() -> hcm.ScopedRoutes:
+    """Routes by the connection's destination."""
+    fragment = hcm.ScopedRoutes.ScopeKeyBuilder.FragmentBuilder(
+        header_value_extractor=hcm.ScopedRoutes.ScopeKeyBuilder.FragmentBuilder.HeaderValueExtractor(
+            name=names.DESTINATION_HEADER, index=0
+        )
+    )
+    return hcm.ScopedRoutes(
+        name="destinations",
+        scope_key_builder=hcm.ScopedRoutes.ScopeKeyBuilder(fragments=[fragment]),
+        rds_config_source=wire.ads(),
+        scoped_rds=hcm.ScopedRds(scoped_rds_config_source=wire.ads()),
+    )
+
+
+def destination_header() -> Any:
+    """Writes the connection's destination over whatever the client sent under that name."""
+    header = base_pb2.HeaderValueOption(
+        header=base_pb2.HeaderValue(key=names.DESTINATION_HEADER, value="%DOWNSTREAM_LOCAL_ADDRESS%"),
+        append_action=base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD,
+    )
+    mutation = header_mutation_pb2.HeaderMutation(mutations=[mutation_rules_pb2.HeaderMutation(append=header)])
+    return wire.extension("envoy.http.early_header_mutation.header_mutation", mutation)
+
+
+def network_filter(name: str, message: Any) -> Any:
+    """A network filter."""
+    return parts.Filter(name=name, typed_config=wire.packed(message))
+
+
+def tcp_proxy(stat_prefix: str, cluster: str, access_logs: Iterable[Any] = ()) -> Any:
+    """Connections passed on as they are."""
+    message = tcp_proxy_pb2.TcpProxy(stat_prefix=stat_prefix, cluster=cluster, access_log=access_logs)
+    message.idle_timeout.CopyFrom(wire.seconds(0))
+    return network_filter("envoy.filters.network.tcp_proxy", message)
+
+
+def _chain(name: str, filters: Iterable[Any]) -> Any:
+    return parts.FilterChain(name=name, filters=[_principal(), *filters])
+
+
+def own_address_only(address: str) -> Any:
+    """Refuses connections that did not come from this pod itself: only the node proxy, which speaks
+    for the client that it has authenticated, may send a PROXY protocol header."""
+    own = rbac_pb2.Principal(
+        direct_remote_ip=address_pb2.CidrRange(address_prefix=address, prefix_len=wire.uint32(32))
+    )
+    policy = rbac_pb2.Policy(permissions=[rbac_pb2.Permission(any=True)], principals=[own])
+    rules = rbac_pb2.RBAC(action=rbac_pb2.RBAC.ALLOW, policies={"node-proxy": policy})
+    return network_filter("envoy.filters.network.rbac", network_rbac.RBAC(stat_prefix="peer.", rules=rules))
+
+
+def _principal() -> Any:
+    value = value_pb2.FilterStateValue(
+        object_key=SOURCE_PRINCIPAL,
+        factory_key="envoy.hashable_string",
+        format_string=substitution_format_string_pb2.SubstitutionFormatString(
+            text_format_source=base_pb2.DataSource(
+                inline_string=f"%DYNAMIC_METADATA({_TLV_NAMESPACE}:{_PRINCIPAL})%"
+            ),
+            omit_empty_values=True,
+        ),
+        skip_if_empty=True,
+    )
+    return network_filter(
+        "envoy.filters.network.set_filter_state", set_filter_state_pb2.Config(on_new_connection=[value])
+    )
+
+
+def _proxy_protocol() -> Any:
+    config = proxy_protocol_pb2.ProxyProtocol
+    rule = config.Rule(tlv_type=_IDENTITY_TLV, on_tlv_present=config.KeyValuePair(key=_PRINCIPAL))
+    return _listener_filter("envoy.filters.listener.proxy_protocol", config(rules=[rule]))
+
+
+def _inspector(destinations: Iterable[Destination]) -> Any:
+    """Looks for HTTP, except on ports where only other protocols are spoken: a server may speak first."""
+    result = _listener_filter("envoy.filters.listener.http_inspector", http_inspector_pb2.HttpInspector())
+    http = {d.port for d in destinations if d.chain == HTTP_CHAIN}
+    silent = sorted({d.port for d in destinations} - http)
+    predicates = [
+        parts.ListenerFilterChainMatchPredicate(destination_port_range={"start": port, "end": port + 1})
+        for port in silent
+    ]
+    if len(predicates) == 1:
+        result.filter_disabled.CopyFrom(predicates[0])
+    elif predicates:
+        result.filter_disabled.or_match.rules.extend(predicates)
+    return result
+
+
+def _listener_filter(name: str, message: Any) -> Any:
+    return parts.ListenerFilter(name=name, typed_config=wire.packed(message))
+
+
+def _matcher(destinations: Iterable[Destination], rest: Destination | None) -> Any:
+    """A tree: address, then port, then (where it is not declared) protocol."""
+    by_address: dict[str, dict[str, Any]] = {}
+    for destination in destinations:
+        ports = by_address.setdefault(destination.address, {})
+        ports[str(destination.port)] = _outcome(destination)
+    addresses = {
+        address: match.Matcher.OnMatch(matcher=_exact("port", inputs.DestinationPortInput(), ports))
+        for address, ports in by_address.items()
+    }
+    fallback = _outcome(rest) if rest is not None else None
+    if not addresses:
+        return match.Matcher(on_no_match=fallback or _take(HTTP_CHAIN))
+    result = _exact("address", inputs.DestinationIPInput(), addresses)
+    if fallback is not None:
+        result.on_no_match.CopyFrom(fallback)
+    return result
+
+
+def _outcome(destination: Destination) -> Any:
+    if destination.other is None:
+        return _take(destination.chain)
+    known = {"http/1.0": _take(HTTP_CHAIN), "http/1.1": _take(HTTP_CHAIN), "h2c": _take(HTTP_CHAIN)}
+    protocols = {f"'{name}'": outcome for name, outcome in known.items()}
+    tree = _exact("protocol", inputs.ApplicationProtocolInput(), protocols)
+    tree.on_no_match.CopyFrom(_take(destination.other))
+    return match.Matcher.OnMatch(matcher=tree)
+
+
+def _exact(name: str, message: Any, outcomes: Mapping[str, Any]) -> Any:
+    tree = match.Matcher.MatcherTree(
+        input=_input(name, message), exact_match_map=match.Matcher.MatcherTree.MatchMap(map=outcomes)
+    )
+    return match.Matcher(matcher_tree=tree)
+
+
+def _take(chain: str) -> Any:
+    return match.Matcher.OnMatch(action=_input(chain, wrappers_pb2.StringValue(value=chain)))
+
+
+def _input(name: str, message: Any) -> Any:
+    from xds.core.v3 import extension_pb2
+
+    return extension_pb2.TypedExtensionConfig(name=name, typed_config=wire.packed(message))
