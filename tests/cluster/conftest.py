@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 MESHLIGHT = Path(sys.executable).parent / "meshlight"
+LIFELINE, _HELD = os.pipe()
+"""Clusters of the tests end when this process does, however it ends: nobody else has the writing end."""
 
 
 def wait_until(condition: Callable[[], Any], timeout: float = 60, what: str = "") -> Any:
@@ -57,12 +59,15 @@ class Cluster:
 
     def meshlight(self, *arguments: str, check: bool = True, timeout: float = 120) -> str:
         """Run the command line; returns stdout. With check=False, stderr is appended."""
+        if arguments[0] == "up":
+            arguments = (*arguments, "--lifeline", str(LIFELINE))
         done = subprocess.run(
             [str(MESHLIGHT), *arguments],
             env=self.environment,
             capture_output=True,
             text=True,
             timeout=timeout,
+            pass_fds=[LIFELINE],
         )
         if check:
             assert done.returncode == 0, f"{arguments}: {done.stdout}\n{done.stderr}"

@@ -15,7 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from conftest import Cluster, wait_until
+from conftest import Cluster, pod, wait_until
+
+from meshlight.node.cgroups import leftovers
 
 pytestmark = pytest.mark.xdist_group("cluster")
 
@@ -67,35 +69,93 @@ def test_a_port_in_use_is_a_clear_error_and_nothing_is_half_made(tmp_path: Path,
     assert not processes(str(tmp_path))
 
 
+def machine(state: Path) -> dict[str, object]:
+    """Everything of this machine that a cluster might leave behind; other clusters' things left out."""
+    rules = subprocess.run(["nft", "list", "ruleset"], capture_output=True, text=True)
+    sysctls = ("net/ipv4/ip_forward", "net/ipv4/conf/all/rp_filter", "net/ipv4/icmp_ratelimit")
+    return {
+        "links": subprocess.run(["ip", "-o", "link"], capture_output=True, text=True).stdout,
+        "routes": subprocess.run(["ip", "route"], capture_output=True, text=True).stdout,
+        "mounts": Path("/proc/self/mountinfo").read_text(),
+        "rules": rules.stdout,
+        "sysctls": [Path("/proc/sys", name).read_text() for name in sysctls],
+        "cgroups": leftovers(state),
+        "processes": processes(str(state)),
+        "namespaces": sorted(Path("/run/netns").glob("*")) if Path("/run/netns").exists() else [],
+    }
+
+
+def limited(name: str) -> dict[str, object]:
+    """A pod with a limit, which has a cgroup where the machine allows it, and that ignores SIGTERM."""
+    made = pod(name, "default", ["sh", "-c", "trap '' TERM; while :; do sleep 1; done"])
+    made["spec"]["containers"][0]["resources"] = {"limits": {"memory": "64Mi", "cpu": "500m"}}
+    return made
+
+
 def test_down_leaves_nothing_and_up_again_keeps_the_objects(tmp_path: Path) -> None:
-    links = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True).stdout
-    mounts = Path("/proc/self/mountinfo").read_text()
-    made = Cluster("short", tmp_path)
-    made.meshlight("up", "--name", "short", "--nodes", "1", timeout=180)
+    made = Cluster("cluster-101", tmp_path)
+    clean = machine(made.state)
+    assert not clean["processes"] and not clean["cgroups"]
+    made.meshlight("up", "--nodes", "1", timeout=180)
     try:
-        made.kubectl("create", "configmap", "kept")
-        made.meshlight("down", "--name", "short")
-        assert not processes(str(tmp_path))
-        assert subprocess.run(["ip", "-o", "link"], capture_output=True, text=True).stdout == links
-        assert Path("/proc/self/mountinfo").read_text() == mounts
+        made.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "kept"}}, limited("limited"))
+        made.kubectl("wait", "--for=condition=Ready", "pod/limited", "--timeout=60s")
+        # The habit's own `make down`, as a user types it.
+        checkout = Path(__file__).parents[2]
+        done = subprocess.run(
+            ["make", "-C", str(checkout), "down"], env=made.environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and "is down" in done.stdout, done.stdout + done.stderr
+        assert machine(made.state) == clean
         before = datetime.now(UTC).replace(microsecond=0)
-        made.meshlight("up", "--name", "short", timeout=180)
+        made.meshlight("up", timeout=180)
         # Ready means ready in this start of the cluster, whatever the last one left in the API.
-        pods = made.get("pods", "-A")["items"]
-        ready = [
-            p for p in pods for c in p["status"]["conditions"] if c["type"] == "Ready" and c["status"] == "True"
-        ]
-        assert len(ready) == len(pods) == 3
-        for status in [c for p in ready for c in p["status"]["containerStatuses"]]:
+        system = [p for p in made.get("pods", "-A")["items"] if p["metadata"]["namespace"] != "default"]
+        conditions = [c for p in system for c in p["status"]["conditions"] if c["type"] == "Ready"]
+        assert [c["status"] for c in conditions] == ["True"] * 3
+        for status in [c for p in system for c in p["status"]["containerStatuses"]]:
             assert datetime.fromisoformat(status["state"]["running"]["startedAt"]) >= before, status
             assert status["restartCount"] == 1
         assert made.get("configmap", "kept")["metadata"]["name"] == "kept"
-        # Even when everything is killed at once, nothing stays.
+        made.kubectl("wait", "--for=condition=Ready", "pod/limited", "--timeout=60s")
+        # A crash: processes and namespaces end with pid 1, the next `up` clears the rest.
         os.kill(made.supervisor_pid, signal.SIGKILL)
         wait_until(lambda: not processes(str(tmp_path)), 20, "every process to end with pid 1")
+        made.kubectl("version", check=False)
+        made.meshlight("up", timeout=180)
+        assert made.get("configmap", "kept")["metadata"]["name"] == "kept"
     finally:
-        made.meshlight("down", "--name", "short", "--purge", check=False)
-    assert not (tmp_path / "clusters" / "short").exists()
+        made.meshlight("down", "--purge", check=False)
+    assert machine(made.state) == clean
+    assert not (tmp_path / "clusters" / "cluster-101").exists()
+
+
+RUNNER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from conftest import Cluster
+from test_durability import limited
+made = Cluster("killed", Path(sys.argv[2]))
+made.meshlight("up", "--name", "killed", "--nodes", "1", timeout=180)
+made.apply(limited("limited"))
+made.kubectl("wait", "--for=condition=Ready", "pod/limited", "--timeout=60s")
+print("up", flush=True)
+input()
+"""
+
+
+def test_a_killed_test_run_leaves_nothing(tmp_path: Path) -> None:
+    state = tmp_path / "clusters" / "killed"
+    clean = machine(state)
+    command = [sys.executable, "-c", RUNNER, str(Path(__file__).parent), str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as runner:
+        try:
+            assert runner.stdout is not None and runner.stdout.readline() == "up\n"
+            assert len(processes(str(state))) > 4
+        finally:
+            runner.kill()
+    wait_until(lambda: machine(state) == clean, 30, "everything of the cluster to be gone")
 
 
 def test_the_api_asks_for_credentials_and_keeps_them_private(cluster: Cluster) -> None:

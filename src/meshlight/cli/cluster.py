@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import time
 
 import click
@@ -30,7 +32,11 @@ name_option = click.option(
     help="loopback port of the API  [default: 6443, or a free one]",
 )
 @click.option("--timeout", default=120.0, show_default=True, help="seconds until giving up")
-def up(name: str, nodes: int | None, api_port: int | None, timeout: float) -> None:
+@click.option("--foreground", is_flag=True, help="stay; the cluster ends with this command, however it ends")
+@click.option("--lifeline", type=int, metavar="FD", help="end the cluster when this inherited pipe is closed")
+def up(
+    name: str, nodes: int | None, api_port: int | None, timeout: float, foreground: bool, lifeline: int | None
+) -> None:
     """Boot the embedded cluster; says what came up."""
     console = Console(highlight=False)
     layout = Layout(name)
@@ -39,7 +45,11 @@ def up(name: str, nodes: int | None, api_port: int | None, timeout: float) -> No
     def progress(part: str) -> None:
         console.print(f"[green]✓[/green] {part}  [dim]{time.monotonic() - begun:.1f} s[/dim]")
 
-    booted = asyncio.run(boot.up(layout, nodes, api_port, timeout, progress))
+    if foreground:
+        lifeline, _ours = os.pipe()  # the kernel closes ours when this process ends
+    booted = asyncio.run(boot.up(layout, nodes, api_port, timeout, progress, lifeline))
+    if foreground and not booted.started:
+        raise click.ClickException(f"{name} is already up: `meshlight down` first, or leave out --foreground")
     word = "is up" if booted.started else "is already up"
     console.print(
         f"\n[bold]{name}[/bold] {word} ({booted.seconds:.1f} s); API on 127.0.0.1:{booted.record.api_port}"
@@ -50,6 +60,12 @@ def up(name: str, nodes: int | None, api_port: int | None, timeout: float) -> No
     console.print(f"  export KUBECONFIG=$(meshlight kubeconfig{suffix})", soft_wrap=True)
     console.print("  kubectl get pods -A -o wide")
     console.print("  kubectl apply -f samples/demo.yaml && meshlight status")
+    if foreground:
+        console.print("\nctrl-c ends the cluster", style="dim")
+        with contextlib.suppress(KeyboardInterrupt):
+            launch.wait(booted.record)
+        launch.stop(layout, purge=False)
+        console.print(f"{name} is down")
 
 
 @click.command()

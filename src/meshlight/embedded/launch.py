@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import shutil
 import signal
 import socket
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from meshlight.embedded import pki
 from meshlight.embedded.layout import Layout, Record, start_time
+from meshlight.node import cgroups
 
 DEFAULT_API_PORT = 6443
 _TOOLS = {"ip": "iproute2", "nft": "nftables", "unshare": "util-linux", "nsenter": "util-linux"}
@@ -72,11 +74,14 @@ def _locked(layout: Layout) -> Iterator[None]:
         yield
 
 
-def start(layout: Layout, nodes: int | None, api_port: int | None) -> tuple[Record, bool]:
+def start(
+    layout: Layout, nodes: int | None, api_port: int | None, lifeline: int | None = None
+) -> tuple[Record, bool]:
     """Start the cluster unless it runs; returns its record and whether this call started it.
 
     `nodes` and `api_port` default to what the cluster had before, then to 6 and to 6443 or a free
-    port. Raises LaunchError; nothing is half-made then.
+    port. The cluster ends when all writers of the pipe `lifeline` have closed it. What a crashed one
+    left is cleared. Raises LaunchError; nothing is half-made then.
     """
     if lacking := missing_requirements():
         raise LaunchError("this machine lacks:\n  " + "\n  ".join(lacking))
@@ -85,6 +90,7 @@ def start(layout: Layout, nodes: int | None, api_port: int | None) -> tuple[Reco
         before = Record.read(layout)
         if before and before.running():
             return before, False
+        cgroups.clear(layout.state)
         wanted = api_port or (before.api_port if before else None)
         try:
             listener = _listen(wanted)
@@ -98,7 +104,7 @@ def start(layout: Layout, nodes: int | None, api_port: int | None) -> tuple[Reco
             record = Record(layout.name, count, port, boot_id=str(uuid.uuid4()))
             pki.ensure(layout.state, layout.name, layout.node_names(record.nodes), port)
             layout.logs.mkdir(exist_ok=True, mode=0o700)
-            record.supervisor_pid = _spawn(layout, listener.fileno(), record)
+            record.supervisor_pid = _spawn(layout, listener.fileno(), record, lifeline)
             record.supervisor_started = start_time(record.supervisor_pid)
             record.write(layout)
     return record, True
@@ -117,7 +123,7 @@ def _listen(port: int | None) -> socket.socket:
     )
 
 
-def _spawn(layout: Layout, listener: int, record: Record) -> int:
+def _spawn(layout: Layout, listener: int, record: Record, lifeline: int | None) -> int:
     """Start pid 1 of the cluster; returns its pid as the host sees it."""
     command = ["unshare", "--pid", "--fork", "--kill-child=KILL", "--mount", "--net", "--uts"]
     command += ["--ipc", "--propagation", "private"]
@@ -127,6 +133,10 @@ def _spawn(layout: Layout, listener: int, record: Record) -> int:
     command += ["--name", layout.name, "--state", str(layout.state)]
     command += ["--listen-fd", str(listener), "--nodes", str(record.nodes)]
     command += ["--boot-id", record.boot_id]
+    inherited = [listener]
+    if lifeline is not None:
+        inherited.append(lifeline)
+        command += ["--lifeline", str(lifeline)]
     log_path = layout.logs / "supervisor.log"
     environment = {**os.environ, "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin"}
     with log_path.open("ab") as log:
@@ -135,7 +145,7 @@ def _spawn(layout: Layout, listener: int, record: Record) -> int:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            pass_fds=[listener],
+            pass_fds=inherited,
             start_new_session=True,
             env=environment,
             cwd="/",
@@ -147,6 +157,18 @@ def _spawn(layout: Layout, listener: int, record: Record) -> int:
             return int(found[0])
         time.sleep(0.005)
     raise LaunchError(f"the supervisor did not start; its log is {log_path}:\n{tail(log_path)}")
+
+
+def wait(record: Record) -> None:
+    """Return once the cluster has ended."""
+    try:
+        descriptor = os.pidfd_open(record.supervisor_pid)
+    except ProcessLookupError:
+        return
+    try:
+        select.select([descriptor], [], [])
+    finally:
+        os.close(descriptor)
 
 
 def tail(path: Path, lines: int = 5) -> str:
@@ -172,6 +194,7 @@ def stop(layout: Layout, *, purge: bool, timeout: float = 20) -> bool:
                 if time.monotonic() > deadline:
                     os.kill(record.supervisor_pid, signal.SIGKILL)
                 time.sleep(0.02)
+        cgroups.clear(layout.state)
         if record:
             record.supervisor_pid = record.supervisor_started = 0
             record.write(layout)

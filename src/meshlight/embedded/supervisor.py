@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from meshlight.embedded.layout import Layout
+from meshlight.node import cgroups
 
 FABRIC_ADDRESS = "172.20.0.1"
 FABRIC_PREFIX = 24
@@ -26,6 +27,8 @@ API_PORT = 6443
 RUN = Path("/run/meshlight")
 STOP_GRACE = 8.0
 """Seconds that parts have to stop in order before they are killed."""
+REAP_GRACE = 3.0
+"""Seconds in which killed processes and their cgroups are gone."""
 
 
 def log(message: str, **fields: object) -> None:
@@ -72,10 +75,10 @@ def prepare_namespaces(name: str, boot_id: str) -> None:
 
 
 class Supervisor:
-    """Keeps the parts running until SIGTERM."""
+    """Keeps the parts running until SIGTERM, or until the lifeline, a descriptor, is closed elsewhere."""
 
-    def __init__(self, layout: Layout, listen_fd: int, nodes: list[str]) -> None:
-        self.layout = layout
+    def __init__(self, layout: Layout, listen_fd: int, nodes: list[str], lifeline: int = -1) -> None:
+        self.layout, self.lifeline = layout, lifeline
         self.stopping = asyncio.Event()
         self.ended = asyncio.Event()
         state = layout.state
@@ -112,12 +115,19 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stopping.set)
         loop.add_signal_handler(signal.SIGCHLD, self._reap)
+        if self.lifeline >= 0:
+            loop.add_reader(self.lifeline, self._lifeline_closed)
         self._start(self.api)
         # The parts wait for the API by themselves: their clients reconnect.
         for part in self.parts:
             self._start(part)
         await self.stopping.wait()
         await self._stop()
+
+    def _lifeline_closed(self) -> None:
+        """Whoever wanted the cluster is gone, however it ended."""
+        asyncio.get_running_loop().remove_reader(self.lifeline)
+        self.stopping.set()
 
     def _start(self, part: Part) -> None:
         if self.stopping.is_set():
@@ -170,7 +180,19 @@ class Supervisor:
                     while any(part.pid for part in group):
                         self.ended.clear()
                         await self.ended.wait()
+        await self._clear()
         log("stopped")
+
+    async def _clear(self) -> None:
+        """End every process that is left, pods above all, so that their cgroups can go too."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(-1, signal.SIGKILL)
+        deadline = time.monotonic() + REAP_GRACE
+        while left := cgroups.clear(self.layout.state):
+            if time.monotonic() > deadline:
+                log("cgroups are still in use", folders=[str(folder) for folder in left])
+                return
+            await asyncio.sleep(0.01)
 
 
 def main() -> None:
@@ -181,11 +203,13 @@ def main() -> None:
     parser.add_argument("--listen-fd", required=True, type=int)
     parser.add_argument("--nodes", required=True, type=int)
     parser.add_argument("--boot-id", required=True)
+    parser.add_argument("--lifeline", type=int, default=-1, help="descriptor whose end ends the cluster")
     arguments = parser.parse_args()
     os.environ["MESHLIGHT_HOME"] = str(arguments.state.parent.parent)
     prepare_namespaces(arguments.name, arguments.boot_id)
     layout = Layout(arguments.name)
-    supervisor = Supervisor(layout, arguments.listen_fd, layout.node_names(arguments.nodes))
+    names = layout.node_names(arguments.nodes)
+    supervisor = Supervisor(layout, arguments.listen_fd, names, arguments.lifeline)
     asyncio.run(supervisor.run())
 
 

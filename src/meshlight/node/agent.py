@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import shutil
 import signal
 from collections.abc import Awaitable, Callable
@@ -15,7 +14,7 @@ import aiohttp
 from meshlight.kube.client import ApiError, Client
 from meshlight.kube.resources import CONFIG_MAPS, PODS, Object
 from meshlight.node import images, service_proxy
-from meshlight.node.cgroups import Cgroups
+from meshlight.node.cgroups import Cgroups, cgroup_label
 from meshlight.node.context import NodeContext
 from meshlight.node.enrolment import Enrolment
 from meshlight.node.events import Recorder, log
@@ -29,11 +28,6 @@ from meshlight.node.worker import PodWorker
 RUN = Path("/run/meshlight/nodes")
 ZTUNNEL_SOCKET = "var/run/ztunnel/ztunnel.sock"
 _RETRY = 1.0
-
-
-def cgroup_label(state: Path) -> str:
-    """The name of a cluster's folder in cgroup hierarchies, known from its state directory alone."""
-    return "meshlight-" + hashlib.sha256(str(state).encode()).hexdigest()[:12]
 
 
 class Agent:

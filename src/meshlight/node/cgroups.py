@@ -7,6 +7,7 @@ enforced and `available` says so. Every folder made here is removed with its pod
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,6 +48,26 @@ def settings(limits: Limits, version: int) -> dict[str, dict[str, str]]:
     elif limits.cpu:
         found["cpu"] = {"cpu.cfs_period_us": str(_PERIOD), "cpu.cfs_quota_us": str(limits.cpu)}
     return found
+
+
+def cgroup_label(state: Path) -> str:
+    """The name of a cluster's folder in cgroup hierarchies, known from its state directory alone."""
+    return "meshlight-" + hashlib.sha256(str(state).encode()).hexdigest()[:12]
+
+
+def leftovers(state: Path, root: Path = ROOT) -> list[Path]:
+    """A cluster's folders in every hierarchy, wherever its processes were started from."""
+    label = cgroup_label(state)
+    return [Path(folder, label) for folder, below, _ in os.walk(root) if label in below]
+
+
+def clear(state: Path, root: Path = ROOT) -> list[Path]:
+    """Take away every cgroup of a cluster that runs no more; returns those that are still in use."""
+    for top in leftovers(state, root):
+        for folder, _, _ in os.walk(top, topdown=False):
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+    return leftovers(state, root)
 
 
 class Cgroups:

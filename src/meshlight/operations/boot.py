@@ -46,14 +46,20 @@ class Booted:
 
 
 async def up(
-    layout: Layout, nodes: int | None, api_port: int | None, deadline: float, progress: Progress
+    layout: Layout,
+    nodes: int | None,
+    api_port: int | None,
+    deadline: float,
+    progress: Progress,
+    lifeline: int | None = None,
 ) -> Booted:
-    """Start (or find) the cluster and wait until the API serves cluster-101's objects.
+    """Start (or find) the cluster and wait until everything of cluster-101 is ready.
 
-    `deadline` is in seconds from now. Raises launch.LaunchError, BootError.
+    `deadline` is in seconds from now; `lifeline` as `launch.start` has it. Raises launch.LaunchError,
+    BootError.
     """
     begun = time.monotonic()
-    record, started = launch.start(layout, nodes, api_port)
+    record, started = launch.start(layout, nodes, api_port, lifeline)
     progress("supervisor")
     waiting = "the Kubernetes API with its nodes"
     try:
