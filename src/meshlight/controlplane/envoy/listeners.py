@@ -33,6 +33,8 @@ from meshlight.controlplane.envoy import names, wire
 
 SOURCE_PRINCIPAL = "mesh.source_principal"
 """Filter state: the client's SPIFFE identity, as the node proxy proved it."""
+SOURCE_ADDRESS = "mesh.source_address"
+"""Filter state (an IP address): where the connection came from, whatever `x-forwarded-for` says."""
 _IDENTITY_TLV = 0xD0
 _TLV_NAMESPACE = "envoy.filters.listener.proxy_protocol"
 _PRINCIPAL = "principal"
@@ -70,7 +72,7 @@ def waypoint(
     listener = listener_pb2.Listener(
         name=names.WAYPOINT_LISTENER,
         address=wire.socket_address("0.0.0.0", port),
-        listener_filters=[_proxy_protocol(), _inspector(destinations)],
+        listener_filters=[proxy_protocol(), _inspector(destinations)],
         listener_filters_timeout=wire.seconds(INSPECTION_TIMEOUT),
         continue_on_listener_filters_timeout=True,
         filter_chains=chains,
@@ -118,7 +120,7 @@ def tcp_proxy(stat_prefix: str, cluster: str, access_logs: Iterable[Any] = ()) -
 
 
 def _chain(name: str, filters: Iterable[Any]) -> Any:
-    return parts.FilterChain(name=name, filters=[_principal(), *filters])
+    return parts.FilterChain(name=name, filters=[source(), *filters])
 
 
 def own_address_only(address: str) -> Any:
@@ -132,24 +134,31 @@ def own_address_only(address: str) -> Any:
     return network_filter("envoy.filters.network.rbac", network_rbac.RBAC(stat_prefix="peer.", rules=rules))
 
 
-def _principal() -> Any:
-    value = value_pb2.FilterStateValue(
-        object_key=SOURCE_PRINCIPAL,
-        factory_key="envoy.hashable_string",
+def source() -> Any:
+    """Notes who and where a connection is from, before anything a client could write is read."""
+    principal = f"%DYNAMIC_METADATA({_TLV_NAMESPACE}:{_PRINCIPAL})%"
+    values = [
+        _filter_state(SOURCE_PRINCIPAL, "envoy.hashable_string", principal),
+        _filter_state(SOURCE_ADDRESS, "envoy.network.ip", "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%"),
+    ]
+    return network_filter(
+        "envoy.filters.network.set_filter_state", set_filter_state_pb2.Config(on_new_connection=values)
+    )
+
+
+def _filter_state(key: str, factory: str, text: str) -> Any:
+    return value_pb2.FilterStateValue(
+        object_key=key,
+        factory_key=factory,
         format_string=substitution_format_string_pb2.SubstitutionFormatString(
-            text_format_source=base_pb2.DataSource(
-                inline_string=f"%DYNAMIC_METADATA({_TLV_NAMESPACE}:{_PRINCIPAL})%"
-            ),
-            omit_empty_values=True,
+            text_format_source=base_pb2.DataSource(inline_string=text), omit_empty_values=True
         ),
         skip_if_empty=True,
     )
-    return network_filter(
-        "envoy.filters.network.set_filter_state", set_filter_state_pb2.Config(on_new_connection=[value])
-    )
 
 
-def _proxy_protocol() -> Any:
+def proxy_protocol() -> Any:
+    """Reads the header that the node proxy puts before a connection's bytes."""
     config = proxy_protocol_pb2.ProxyProtocol
     rule = config.Rule(tlv_type=_IDENTITY_TLV, on_tlv_present=config.KeyValuePair(key=_PRINCIPAL))
     return _listener_filter("envoy.filters.listener.proxy_protocol", config(rules=[rule]))
