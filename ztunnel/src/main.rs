@@ -110,8 +110,10 @@ fn run() -> Result<(), AnyError> {
     let metrics = Arc::new(Metrics::default());
     let authority = Authority::new(&config)?;
     let certificates = Arc::new(CertificateStore::new(authority, control.handle().clone()));
+    let tunnels = Arc::default();
     let pool = Pool::new(
         certificates.clone(),
+        Arc::clone(&tunnels),
         config.pool_max_streams,
         config.pool_idle,
     );
@@ -121,6 +123,7 @@ fn run() -> Result<(), AnyError> {
         certificates,
         metrics,
         pool,
+        tunnels,
         connections: TaskTracker::new(),
         config,
     });

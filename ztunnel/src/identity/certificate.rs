@@ -1,7 +1,7 @@
 //! A workload's certificate and what TLS needs of it. TLS 1.3 only, both sides authenticated, no
 //! session resumption: a resumed session would carry an identity nobody has checked. The chain is
 //! verified during the handshake; whose certificate it is, the caller compares afterwards with
-//! [`peer_identity`], before a byte of the application moves.
+//! [`Peer`], before a byte of the application moves.
 
 use std::{
     sync::Arc,
@@ -80,7 +80,7 @@ impl WorkloadCertificate {
             .collect::<Result<Vec<_>, _>>()?
             .concat();
         let leaf = presented.first().ok_or(CertificateError::ShortChain(0))?;
-        let found = peer_identity(leaf)?;
+        let found = Peer::of(leaf)?.identity;
         if found != *identity {
             return Err(CertificateError::WrongIdentity {
                 expected: Box::new(identity.clone()),
@@ -90,9 +90,6 @@ impl WorkloadCertificate {
         let (_, parsed) = X509Certificate::from_der(leaf)
             .map_err(|error| CertificateError::X509(error.to_string()))?;
         let validity = parsed.validity();
-        let instant = |seconds: i64| {
-            SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
-        };
         let (not_before, not_after) = (
             instant(validity.not_before.timestamp()),
             instant(validity.not_after.timestamp()),
@@ -128,10 +125,31 @@ impl WorkloadCertificate {
     }
 }
 
-/// The one identity a peer's certificate is for.
-pub fn peer_identity(certificate: &CertificateDer<'_>) -> Result<Identity, CertificateError> {
-    let (_, parsed) = X509Certificate::from_der(certificate)
-        .map_err(|error| CertificateError::X509(error.to_string()))?;
+/// Who is at the other end, as its certificate says.
+#[derive(Debug)]
+pub struct Peer {
+    pub identity: Identity,
+    pub not_after: SystemTime,
+}
+
+impl Peer {
+    /// Reads a certificate whose chain has been verified.
+    pub fn of(certificate: &CertificateDer<'_>) -> Result<Self, CertificateError> {
+        let (_, parsed) = X509Certificate::from_der(certificate)
+            .map_err(|error| CertificateError::X509(error.to_string()))?;
+        Ok(Self {
+            identity: identity(&parsed)?,
+            not_after: instant(parsed.validity().not_after.timestamp()),
+        })
+    }
+}
+
+fn instant(seconds: i64) -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
+}
+
+/// The one identity a certificate is for.
+fn identity(parsed: &X509Certificate<'_>) -> Result<Identity, CertificateError> {
     let names = parsed
         .subject_alternative_name()
         .map_err(|error| CertificateError::X509(error.to_string()))?;

@@ -10,11 +10,11 @@ use std::{
     net::Shutdown,
     pin::pin,
     sync::atomic::{AtomicU64, Ordering},
-    task::{ready, Context, Poll},
+    task::{ready, Poll},
     time::Duration,
 };
 
-use bytes::{Bytes, BytesMut};
+use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::future::{select, Either};
 use h2::{RecvStream, SendStream};
 use prometheus_client::metrics::counter::Counter;
@@ -221,13 +221,26 @@ async fn into_tunnel(
     let mut buffer = BytesMut::new();
     let mut read_size = SMALLEST_READ;
     loop {
-        let read = poll_fn(|cx| {
+        poll_fn(|cx| {
             if let Poll::Ready(reason) = send.poll_reset(cx) {
                 return Poll::Ready(Err(Broken::Far(by_peer(reason))));
             }
-            poll_read(tcp, &mut buffer, read_size, cx).map_err(Broken::Near)
+            tcp.poll_read_ready(cx).map_err(Broken::Near)
         })
         .await?;
+        // Nothing is read that could not be sent: who stalls costs no memory here.
+        let room = capacity(tcp, send, read_size).await?.min(read_size);
+        buffer.reserve(room);
+        let read = match tcp.try_read_buf(&mut (&mut buffer).limit(room)) {
+            Ok(read) => read,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                // Others may need what this stream does not use.
+                send.reserve_capacity(0);
+                buffer = BytesMut::new();
+                continue;
+            }
+            Err(error) => return Err(Broken::Near(error)),
+        };
         if read == 0 {
             return send
                 .send_data(Chunk::empty(), true)
@@ -239,48 +252,32 @@ async fn into_tunnel(
         } else if read < read_size / 8 {
             read_size = (read_size / 2).max(SMALLEST_READ);
         }
-        send_all(send, in_flight, buffer.split().freeze()).await?;
+        send.send_data(in_flight.chunk(buffer.split().freeze()), false)
+            .map_err(|error| Broken::Far(of_http2(error)))?;
     }
 }
 
-/// Reads at most `size` bytes; no memory is held while there is nothing to read.
-fn poll_read(
+/// Waits until some of `size` bytes may be sent; answers how many, or how the TCP side broke in
+/// the meantime.
+async fn capacity(
     tcp: &TcpStream,
-    buffer: &mut BytesMut,
-    size: usize,
-    cx: &mut Context<'_>,
-) -> Poll<io::Result<usize>> {
-    loop {
-        ready!(tcp.poll_read_ready(cx))?;
-        buffer.reserve(size);
-        match tcp.try_read_buf(buffer) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            result => return Poll::Ready(result),
-        }
-    }
-}
-
-async fn send_all(
     send: &mut SendStream<Chunk>,
-    in_flight: &InFlight,
-    mut bytes: Bytes,
-) -> Result<(), Broken> {
-    send.reserve_capacity(bytes.len());
-    while !bytes.is_empty() {
-        let capacity = match send.capacity() {
-            0 => poll_fn(|cx| send.poll_capacity(cx))
-                .await
+    size: usize,
+) -> Result<usize, Broken> {
+    send.reserve_capacity(size);
+    loop {
+        match send.capacity() {
+            0 => {}
+            capacity => return Ok(capacity),
+        }
+        let granted = pin!(poll_fn(|cx| send.poll_capacity(cx)));
+        match select(granted, pin!(reset(tcp))).await {
+            Either::Left((granted, _)) => granted
                 .unwrap_or_else(|| Err(h2::Reason::CANCEL.into()))
                 .map_err(|error| Broken::Far(of_http2(error)))?,
-            capacity => capacity,
+            Either::Right((error, _)) => return Err(Broken::Near(error)),
         };
-        let part = bytes.split_to(capacity.min(bytes.len()));
-        if !part.is_empty() {
-            send.send_data(in_flight.chunk(part), false)
-                .map_err(|error| Broken::Far(of_http2(error)))?;
-        }
     }
-    Ok(())
 }
 
 async fn out_of_tunnel(

@@ -5,8 +5,9 @@
 use std::{
     io,
     net::SocketAddr,
+    pin::pin,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use h2::{
@@ -15,7 +16,11 @@ use h2::{
 };
 use http::{Method, Request, Response, StatusCode};
 use thiserror::Error;
-use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
+use tokio::{
+    io::AsyncWriteExt,
+    net::TcpStream,
+    time::{sleep, timeout},
+};
 use tokio_rustls::{server::TlsStream, TlsAcceptor};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
@@ -26,14 +31,12 @@ use super::{
     pool::TLS_WRITE_BUFFER,
     read_ahead::ReadAhead,
     refusal,
-    stream::{
-        Chunk, Tunnel, CONNECTION_WINDOW, MAX_FRAME, MAX_HEADERS, MAX_PENDING_RESETS, SEND_BUFFER,
-        STREAM_WINDOW,
-    },
+    stream::{Chunk, Tunnel, MAX_FRAME, MAX_HEADERS, MAX_PENDING_RESETS, SEND_BUFFER},
+    windows::{Windows, CONNECTION_WINDOW},
     Pod, ProxyContext,
 };
 use crate::{
-    identity::{certificate::peer_identity, Identity},
+    identity::{certificate, Identity},
     metrics::{Reporter, ResponseFlags},
     proxy_protocol,
     rbac::Connection,
@@ -54,6 +57,9 @@ struct Peer {
     address: SocketAddr,
     local: SocketAddr,
     identity: Identity,
+    /// When the first of both ends' certificates ends.
+    proved_until: SystemTime,
+    windows: Arc<Windows>,
 }
 
 /// Why a connection was closed before its first tunnel.
@@ -112,9 +118,13 @@ async fn accept(
         .peer_certificates()
         .and_then(<[_]>::first)
         .ok_or_else(|| Unusable::Tls(io::ErrorKind::InvalidData.into()))?;
-    let identity = peer_identity(leaf)?;
+    let certificate::Peer {
+        identity,
+        not_after,
+    } = certificate::Peer::of(leaf)?;
+    let windows = Arc::new(Windows::new(context.tunnels.clone()));
     let connection = server::Builder::new()
-        .initial_window_size(STREAM_WINDOW)
+        .initial_window_size(windows.announced())
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(MAX_FRAME)
         .max_send_buffer_size(SEND_BUFFER)
@@ -129,6 +139,8 @@ async fn accept(
         address,
         local: super::sockets::canonical(local),
         identity,
+        proved_until: not_after.min(certificate.not_after),
+        windows,
     };
     Ok((peer, connection))
 }
@@ -138,13 +150,28 @@ async fn drive(
     mut connection: Server,
     stop: &CancellationToken,
 ) -> Result<(), h2::Error> {
+    let proved = peer
+        .proved_until
+        .duration_since(SystemTime::now())
+        .unwrap_or_default();
+    // Tunnels that are open go on; new ones need a new proof.
+    let mut no_more = pin!(async {
+        tokio::select! {
+            () = sleep(proved) => {}
+            () = stop.cancelled() => {}
+        }
+    });
     let mut stopping = false;
     loop {
         let accepted = tokio::select! {
             accepted = connection.accept() => accepted,
-            () = stop.cancelled(), if !stopping => {
+            () = &mut no_more, if !stopping => {
                 stopping = true;
                 connection.graceful_shutdown();
+                continue;
+            }
+            () = peer.windows.changed() => {
+                peer.windows.announce(|size| connection.set_initial_window_size(size));
                 continue;
             }
         };
@@ -152,7 +179,11 @@ async fn drive(
             Some(Ok((request, respond))) => {
                 let peer = peer.clone();
                 let connections = peer.context.connections.clone();
-                connections.spawn(async move { peer.tunnel(request, respond).await });
+                peer.windows.opened();
+                connections.spawn(async move {
+                    peer.tunnel(request, respond).await;
+                    peer.windows.closed();
+                });
             }
             Some(Err(error)) => return Err(error),
             None => return Ok(()),

@@ -11,6 +11,7 @@ pub mod pool;
 mod read_ahead;
 pub mod sockets;
 mod stream;
+pub mod windows;
 
 use std::{
     future::Future,
@@ -38,6 +39,7 @@ use crate::{
 };
 use pool::Pool;
 use sockets::PodSockets;
+use windows::OpenTunnels;
 
 /// Ports of the proxy in a pod; connections to them through the proxy would go in circles.
 const OWN_PORTS: [u16; 3] = [OUTBOUND_PORT, INBOUND_PLAINTEXT_PORT, INBOUND_HBONE_PORT];
@@ -54,6 +56,7 @@ pub struct ProxyContext {
     pub metrics: Arc<Metrics>,
     pub access_log: AccessLog,
     pub pool: Pool,
+    pub tunnels: Arc<OpenTunnels>,
     /// Every connection being served.
     pub connections: TaskTracker,
 }

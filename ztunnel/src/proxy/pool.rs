@@ -6,11 +6,12 @@ use std::{
     collections::HashMap,
     io,
     net::SocketAddr,
+    pin::pin,
     sync::{
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, Ordering},
         Arc, Mutex, MutexGuard, PoisonError,
     },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use h2::client::{self, SendRequest};
@@ -24,13 +25,12 @@ use tracing::debug;
 
 use super::{
     read_ahead::ReadAhead,
-    stream::{
-        Chunk, Tunnel, CONNECTION_WINDOW, MAX_FRAME, MAX_HEADERS, SEND_BUFFER, STREAM_WINDOW,
-    },
+    stream::{Chunk, Tunnel, MAX_FRAME, MAX_HEADERS, SEND_BUFFER},
+    windows::{OpenTunnels, Windows, CONNECTION_WINDOW},
     Pod,
 };
 use crate::identity::{
-    certificate::{peer_identity, CertificateError},
+    certificate::{CertificateError, Peer},
     store::{CertificateStore, NoCertificate},
     Identity,
 };
@@ -110,7 +110,10 @@ struct Slot {
 /// One HTTP/2 connection and how busy it is.
 struct Connection {
     requests: SendRequest<Chunk>,
-    streams: AtomicUsize,
+    windows: Arc<Windows>,
+    /// When the first of both ends' certificates ends: who proved an identity then has not proved
+    /// it for tunnels opened afterwards.
+    expires: SystemTime,
     /// Set when the connection has ended or refuses new streams.
     closed: AtomicBool,
     idle_since: Mutex<Instant>,
@@ -121,7 +124,7 @@ pub struct Lease(Arc<Connection>);
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        if self.0.streams.fetch_sub(1, Ordering::AcqRel) == 1 {
+        if self.0.windows.closed() == 0 {
             *lock(&self.0.idle_since) = Instant::now();
         }
     }
@@ -131,6 +134,7 @@ impl Drop for Lease {
 pub struct Pool {
     slots: Mutex<HashMap<PoolKey, Slot>>,
     certificates: Arc<CertificateStore>,
+    tunnels: Arc<OpenTunnels>,
     max_streams: usize,
     idle: Duration,
     /// The tasks that move the connections' frames.
@@ -144,10 +148,16 @@ enum Found {
 }
 
 impl Pool {
-    pub fn new(certificates: Arc<CertificateStore>, max_streams: usize, idle: Duration) -> Self {
+    pub fn new(
+        certificates: Arc<CertificateStore>,
+        tunnels: Arc<OpenTunnels>,
+        max_streams: usize,
+        idle: Duration,
+    ) -> Self {
         Self {
             slots: Mutex::default(),
             certificates,
+            tunnels,
             max_streams,
             idle,
             drivers: TaskTracker::new(),
@@ -196,8 +206,7 @@ impl Pool {
     /// Lets go of connections that nobody has used for a while. Run now and then.
     pub fn release_idle(&self) {
         let idle = |connection: &Connection| {
-            connection.streams.load(Ordering::Acquire) == 0
-                && lock(&connection.idle_since).elapsed() >= self.idle
+            connection.windows.open() == 0 && lock(&connection.idle_since).elapsed() >= self.idle
         };
         lock(&self.slots).retain(|_, slot| {
             slot.connections.retain(|connection| {
@@ -214,7 +223,7 @@ impl Pool {
         (
             connections().count(),
             connections()
-                .map(|connection| connection.streams.load(Ordering::Relaxed))
+                .map(|connection| connection.windows.open())
                 .sum(),
         )
     }
@@ -241,8 +250,10 @@ impl Pool {
     fn find(&self, key: &PoolKey) -> Found {
         let mut slots = lock(&self.slots);
         let slot = slots.entry(key.clone()).or_default();
-        slot.connections
-            .retain(|connection| !connection.closed.load(Ordering::Acquire));
+        let now = SystemTime::now();
+        slot.connections.retain(|connection| {
+            !connection.closed.load(Ordering::Acquire) && now < connection.expires
+        });
         for connection in &slot.connections {
             if let Some(lease) = self.join(connection) {
                 return Found::Free(lease);
@@ -264,10 +275,10 @@ impl Pool {
         let most = self
             .max_streams
             .min(connection.requests.current_max_send_streams());
-        if connection.streams.load(Ordering::Acquire) >= most {
+        if connection.windows.open() >= most {
             return None;
         }
-        connection.streams.fetch_add(1, Ordering::AcqRel);
+        connection.windows.opened();
         Some(Lease(connection.clone()))
     }
 
@@ -283,7 +294,7 @@ impl Pool {
         slot.connecting = None;
         match connected {
             Ok(connection) => {
-                connection.streams.fetch_add(1, Ordering::AcqRel);
+                connection.windows.opened();
                 slot.connections.push(connection.clone());
                 announce.send_replace(Some(Ok(())));
                 Ok(Lease(connection))
@@ -323,16 +334,17 @@ impl Pool {
                 to,
                 error: io::ErrorKind::InvalidData.into(),
             })?;
-        let found = peer_identity(leaf).map_err(|error| TunnelError::Certificate { to, error })?;
-        if found != key.destination {
+        let peer = Peer::of(leaf).map_err(|error| TunnelError::Certificate { to, error })?;
+        if peer.identity != key.destination {
             return Err(TunnelError::WrongIdentity {
                 to,
                 expected: Box::new(key.destination.clone()),
-                found: Box::new(found),
+                found: Box::new(peer.identity),
             });
         }
+        let windows = Arc::new(Windows::new(self.tunnels.clone()));
         let (requests, mut connection) = client::Builder::new()
-            .initial_window_size(STREAM_WINDOW)
+            .initial_window_size(windows.announced())
             .initial_connection_window_size(CONNECTION_WINDOW)
             .max_frame_size(MAX_FRAME)
             .max_send_buffer_size(SEND_BUFFER)
@@ -344,15 +356,22 @@ impl Pool {
         let pings = connection.ping_pong();
         let shared = Arc::new(Connection {
             requests,
-            streams: AtomicUsize::new(0),
+            windows: windows.clone(),
+            expires: certificate.not_after.min(peer.not_after),
             closed: AtomicBool::new(false),
             idle_since: Mutex::new(Instant::now()),
         });
         let watched = Arc::downgrade(&shared);
         self.drivers.spawn(async move {
-            let reason = tokio::select! {
-                result = connection => result.err().map(|error| error.to_string()),
-                () = unanswered(pings) => Some("no answer to a ping".to_owned()),
+            let mut silent = pin!(unanswered(pings));
+            let reason = loop {
+                tokio::select! {
+                    result = &mut connection => break result.err().map(|error| error.to_string()),
+                    () = &mut silent => break Some("no answer to a ping".to_owned()),
+                    () = windows.changed() => {
+                        windows.announce(|size| connection.set_initial_window_size(size));
+                    }
+                }
             };
             if let Some(connection) = watched.upgrade() {
                 connection.closed.store(true, Ordering::Release);

@@ -14,9 +14,6 @@ use bytes::{Buf, Bytes};
 use h2::{RecvStream, SendStream};
 use tokio::{sync::Notify, time::timeout};
 
-/// Flow-control windows: of a stream, and of all streams of a connection together.
-pub const STREAM_WINDOW: u32 = 4 << 20;
-pub const CONNECTION_WINDOW: u32 = 16 << 20;
 /// The largest DATA frame taken.
 pub const MAX_FRAME: u32 = 1 << 20;
 /// Bytes one stream may have waiting for its connection.

@@ -1,0 +1,22 @@
+"""The node proxies' data path under fire: two real proxies, pods in namespaces of the tests' own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import lab
+
+
+@pytest.mark.parametrize("scenario", ["table", "curl"])
+def test_loss(scenario: str) -> None:
+    lab.run(f"loss:{scenario}")
+
+
+@pytest.mark.parametrize("scenario", ["sizes", "crowds", "stalls", "changes", "cut_links", "killed_peers"])
+def test_torture(scenario: str) -> None:
+    lab.run(f"torture:{scenario}")
