@@ -205,7 +205,9 @@ pub struct Metrics {
     pub pods: Gauge,
     /// Access-log lines lost because standard output did not take them.
     pub log_lines_lost: Counter,
+    #[allow(dead_code)]
     pub dns_requests: Counter,
+    #[allow(dead_code)]
     pub dns_upstream_requests: Counter,
 }
 

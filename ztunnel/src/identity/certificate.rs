@@ -50,7 +50,6 @@ pub enum CertificateError {
 /// One certificate with its key, as configurations for both roles of TLS.
 #[derive(Debug)]
 pub struct WorkloadCertificate {
-    pub identity: Identity,
     pub not_before: SystemTime,
     pub not_after: SystemTime,
     /// Serial number in hexadecimal.
@@ -97,7 +96,6 @@ impl WorkloadCertificate {
         let serial = parsed.raw_serial_as_string().replace(':', "");
         let roots = Arc::new(root_store(root.as_bytes())?);
         Ok(Self {
-            identity: identity.clone(),
             not_before,
             not_after,
             serial,

@@ -365,15 +365,13 @@ fn finish(tcp: &TcpStream) -> io::Result<()> {
 
 /// Waits for a reset of a connection that nobody reads from any more.
 async fn reset(tcp: &TcpStream) -> io::Error {
-    loop {
-        if let Err(error) = tcp.ready(Interest::ERROR).await {
-            return error;
-        }
-        match tcp.take_error() {
-            Ok(Some(error)) | Err(error) => return error,
-            // Reported already, to whoever wrote last.
-            Ok(None) => return io::ErrorKind::ConnectionReset.into(),
-        }
+    if let Err(error) = tcp.ready(Interest::ERROR).await {
+        return error;
+    }
+    match tcp.take_error() {
+        Ok(Some(error)) | Err(error) => error,
+        // Reported already, to whoever wrote last.
+        Ok(None) => io::ErrorKind::ConnectionReset.into(),
     }
 }
 

@@ -53,13 +53,13 @@ pub enum Target {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NoRoute {
     #[error("service {service} has no port {port}")]
-    NoSuchPort { service: String, port: u16 },
+    Port { service: String, port: u16 },
     #[error("no healthy upstream: service {service} has no endpoint to take port {port}")]
-    NoEndpoint { service: String, port: u16 },
+    Endpoint { service: String, port: u16 },
     #[error("no healthy upstream: the waypoint of {destination} has no endpoint")]
-    NoWaypoint { destination: String },
+    Waypoint { destination: String },
     #[error("workload {0} has no address to tunnel to")]
-    NoAddress(String),
+    Address(String),
 }
 
 /// Who is asking.
@@ -89,7 +89,7 @@ impl MeshState {
                             ..route
                         })
                     })
-                    .ok_or_else(|| NoRoute::NoWaypoint {
+                    .ok_or_else(|| NoRoute::Waypoint {
                         destination: service.key.to_string(),
                     });
             }
@@ -110,7 +110,7 @@ impl MeshState {
             return self
                 .through(waypoint, client, destination, &mut choose)
                 .map(Route::Hbone)
-                .ok_or_else(|| NoRoute::NoWaypoint {
+                .ok_or_else(|| NoRoute::Waypoint {
                     destination: workload.uid.to_string(),
                 });
         }
@@ -132,7 +132,7 @@ impl MeshState {
         choose: &mut impl FnMut(&[u32]) -> usize,
     ) -> Result<(&Arc<Workload>, u16), NoRoute> {
         if !service.ports.is_empty() && !service.ports.iter().any(|known| known.port == port) {
-            return Err(NoRoute::NoSuchPort {
+            return Err(NoRoute::Port {
                 service: service.key.to_string(),
                 port,
             });
@@ -148,7 +148,7 @@ impl MeshState {
         let best = preferred(client, service, candidates);
         pick(&best, |(workload, _)| workload.capacity, choose)
             .copied()
-            .ok_or_else(|| NoRoute::NoEndpoint {
+            .ok_or_else(|| NoRoute::Endpoint {
                 service: service.key.to_string(),
                 port,
             })
@@ -232,7 +232,7 @@ fn to_workload(
     let service = service.cloned();
     let Some(address) = asked_for.or_else(|| address_for(client, workload)) else {
         if workload.tunnel == Tunnel::Hbone || workload.hostname.is_empty() {
-            return Err(NoRoute::NoAddress(workload.uid.to_string()));
+            return Err(NoRoute::Address(workload.uid.to_string()));
         }
         return Ok(Route::Plain(PlainRoute {
             target: Target::Name(workload.hostname.clone(), port),
@@ -405,17 +405,14 @@ mod tests {
         let mut state = state();
         assert!(matches!(
             route(&state, "10.96.0.20:81"),
-            Err(NoRoute::NoSuchPort { port: 81, .. })
+            Err(NoRoute::Port { port: 81, .. })
         ));
         for name in ["a", "b"] {
             let mut sick = pod(name, "10.0.0.1");
             sick.healthy = false;
             state.put_workload(sick);
         }
-        assert!(matches!(
-            route(&state, VIP),
-            Err(NoRoute::NoEndpoint { .. })
-        ));
+        assert!(matches!(route(&state, VIP), Err(NoRoute::Endpoint { .. })));
         let mut service = cart();
         service.balancing.any_health = true;
         state.put_service(service);
@@ -525,7 +522,7 @@ mod tests {
         fn is_never_bypassed_when_it_is_down() {
             assert!(matches!(
                 route(&with_waypoint(), VIP),
-                Err(NoRoute::NoWaypoint { .. })
+                Err(NoRoute::Waypoint { .. })
             ));
         }
     }
