@@ -55,6 +55,8 @@ def up(
         f"\n[bold]{name}[/bold] {word} ({booted.seconds:.1f} s); API on 127.0.0.1:{booted.record.api_port}"
     )
     console.print(f"kubeconfig: {layout.kubeconfig}\n", soft_wrap=True)
+    if os.geteuid() != 0:
+        console.print(f"[yellow]{launch.WITHOUT_ROOT}[/yellow]\n", soft_wrap=True)
     console.print("Next:")
     suffix = "" if name == "cluster-101" else f" --name {name}"
     console.print(f"  export KUBECONFIG=$(meshlight kubeconfig{suffix})", soft_wrap=True)

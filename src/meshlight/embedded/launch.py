@@ -27,11 +27,13 @@ from meshlight.node import cgroups
 DEFAULT_API_PORT = 6443
 _TOOLS = {"ip": "iproute2", "nft": "nftables", "unshare": "util-linux", "nsenter": "util-linux"}
 
-_USER = ("--user", "--map-root-user", "--net", "--mount")
-_OVERLAY_TRIAL = (
-    "mount -t tmpfs tmpfs /run && mkdir /run/upper /run/work /run/merged && mount -t overlay overlay "
-    "-o lowerdir=/,upperdir=/run/upper,workdir=/run/work,userxattr /run/merged"
+_USER = ("--user", "--map-root-user", "--net", "--mount", "--pid", "--fork")
+_MOUNT_TRIAL = "mount -t proc proc /proc && mount -t tmpfs tmpfs /run"
+WITHOUT_ROOT = (
+    "without root: limits of memory and CPU are not enforced, runAsUser is ignored, and pods see of this "
+    "machine's files what you may read"
 )
+"""What is not to be had in a user namespace, in one line for the user."""
 
 
 class LaunchError(Exception):
@@ -57,10 +59,10 @@ def missing_requirements() -> list[str]:
                 "user namespaces are not permitted to you on this kernel: run as root, or allow them "
                 f"(sysctl user.max_user_namespaces, or your AppArmor policy): {tried.stderr.strip()}"
             )
-        elif subprocess.run(["unshare", *_USER, "sh", "-c", _OVERLAY_TRIAL], capture_output=True).returncode:
+        elif subprocess.run(["unshare", *_USER, "sh", "-c", _MOUNT_TRIAL], capture_output=True).returncode:
             missing.append(
-                "your user namespace may not overlay / here (the kernel locks the mounts below it), and pods "
-                "need that: run as root"
+                "your user namespace may not mount a /proc of its own here (a container hides parts of this "
+                "one), and a cluster needs that: run as root"
             )
     return missing
 
