@@ -165,6 +165,7 @@ class Istiod:
             await asyncio.gather(*(cache.synced.wait() for cache in followed))
             self._discovery.start()
             group.create_task(self._discovery.run())
+            group.create_task(self._discovery.key_sets.run())
             group.create_task(self._status.run())
             group.create_task(self._addresses.run())
             group.create_task(_follow(self._gateways.deployments))
