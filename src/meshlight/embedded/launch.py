@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from meshlight.embedded import pki
+from meshlight.embedded import outlet, pki
 from meshlight.embedded.layout import Layout, Record, start_time
 from meshlight.node import cgroups
 
@@ -91,6 +91,7 @@ def start(
     with _locked(layout):
         before = Record.read(layout)
         if before and before.running():
+            outlet.spawn(layout, before.supervisor_pid)  # should it have died; one alive stays the only one
             return before, False
         cgroups.clear(layout.state)
         wanted = api_port or (before.api_port if before else None)
@@ -109,6 +110,7 @@ def start(
             record.supervisor_pid = _spawn(layout, listener.fileno(), record, lifeline)
             record.supervisor_started = start_time(record.supervisor_pid)
             record.write(layout)
+            outlet.spawn(layout, record.supervisor_pid)
     return record, True
 
 
@@ -196,6 +198,7 @@ def stop(layout: Layout, *, purge: bool, timeout: float = 20) -> bool:
                 if time.monotonic() > deadline:
                     os.kill(record.supervisor_pid, signal.SIGKILL)
                 time.sleep(0.02)
+            outlet.wait_until_gone(layout)
         cgroups.clear(layout.state)
         if record:
             record.supervisor_pid = record.supervisor_started = 0
