@@ -1,23 +1,40 @@
 """Keeps one pod of each DaemonSet on every node that may run it, and rolls template changes out.
 
-`placement` is pure. Pods are made with their node given, as they tolerate what keeps others away.
+`place` and `roll` are pure. A pod says by node affinity which node it is for, and the scheduler binds it, so
+that resources and priorities count for it as for others.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
 
-from meshlight.controllers.deployment import bound
-from meshlight.controllers.replicaset import controller_of, is_ready
-from meshlight.controllers.scheduler import refusal
+from meshlight.controllers.node_filters import affinity_refusal, untolerated
+from meshlight.controllers.ownership import Dependents, side_by_side
+from meshlight.controllers.pods import (
+    clock,
+    controller_of,
+    count_or_share,
+    from_template,
+    is_available,
+    is_finished,
+    is_ready,
+    is_terminating,
+    labels,
+    phase,
+    reference,
+    soonest,
+)
+from meshlight.controllers.revisions import HASH, Revisions, digest_of, names_in_use
 from meshlight.controllers.workqueue import Key, WorkQueue
-from meshlight.kube.client import Cache, Client
-from meshlight.kube.resources import DAEMON_SETS, PODS, Object
+from meshlight.kube.client import ApiError, Cache, Client
+from meshlight.kube.recorder import Recorder
+from meshlight.kube.resources import DAEMON_SETS, Object
+from meshlight.kube.selectors import match_labels
 
-HASH = "controller-revision-hash"
 _TOLERATED = (
     ("node.kubernetes.io/not-ready", "NoExecute"),
     ("node.kubernetes.io/unreachable", "NoExecute"),
@@ -26,89 +43,201 @@ _TOLERATED = (
     ("node.kubernetes.io/pid-pressure", "NoSchedule"),
     ("node.kubernetes.io/unschedulable", "NoSchedule"),
 )
+_NETWORK = ("node.kubernetes.io/network-unavailable", "NoSchedule")
 
 
-def revision(item: Object) -> str:
-    """A short hash of the template: which pods are of the present one."""
-    text = json.dumps(item["spec"]["template"], sort_keys=True).encode()
-    return hashlib.sha256(text).hexdigest()[:10]
-
-
-def pod_of(item: Object, node: str) -> Object:
-    """The pod of a DaemonSet for a node."""
-    meta = item["metadata"]
-    template = copy.deepcopy(item["spec"]["template"])
-    metadata = template.get("metadata") or {}
-    spec = template["spec"]
-    spec["nodeName"] = node
-    tolerations = [{"key": k, "operator": "Exists", "effect": e} for k, e in _TOLERATED]
-    spec["tolerations"] = [*(spec.get("tolerations") or []), *tolerations]
-    owner = {"apiVersion": "apps/v1", "kind": "DaemonSet", "name": meta["name"], "uid": meta["uid"]}
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {
-            "generateName": meta["name"] + "-",
-            "namespace": meta["namespace"],
-            "labels": {**(metadata.get("labels") or {}), HASH: revision(item)},
-            "annotations": metadata.get("annotations") or {},
-            "ownerReferences": [{**owner, "controller": True, "blockOwnerDeletion": True}],
-        },
-        "spec": spec,
+def pod_spec(item: Object, node: str) -> Object:
+    """The spec of a DaemonSet's pod for a node."""
+    spec: Object = copy.deepcopy(item["spec"]["template"]["spec"])
+    required = {
+        "nodeSelectorTerms": [
+            {"matchFields": [{"key": "metadata.name", "operator": "In", "values": [node]}]},
+        ]
     }
+    affinity = spec.setdefault("affinity", {})
+    affinity.setdefault("nodeAffinity", {})["requiredDuringSchedulingIgnoredDuringExecution"] = required
+    wanted = [*_TOLERATED, *([_NETWORK] if spec.get("hostNetwork") else [])]
+    tolerations = [{"key": k, "operator": "Exists", "effect": e} for k, e in wanted]
+    spec["tolerations"] = [*(spec.get("tolerations") or []), *tolerations]
+    return spec
 
 
-def eligible(item: Object, node: Object) -> bool:
-    """Whether the DaemonSet wants a pod on the node; readiness and cordons do not matter to it."""
-    trial = pod_of(item, node["metadata"]["name"])
-    able = copy.deepcopy(node)
-    able["spec"].pop("unschedulable", None)
-    able["status"] = {"conditions": [{"type": "Ready", "status": "True"}]}
-    return refusal(trial, able) is None
+def node_of(pod: Object) -> str:
+    """The node that a DaemonSet's pod is on or for."""
+    if name := pod["spec"].get("nodeName"):
+        return str(name)
+    affinity = (pod["spec"].get("affinity") or {}).get("nodeAffinity") or {}
+    required = affinity.get("requiredDuringSchedulingIgnoredDuringExecution") or {}
+    for term in required.get("nodeSelectorTerms") or []:
+        for each in term.get("matchFields") or []:
+            if each.get("key") == "metadata.name" and len(each.get("values") or []) == 1:
+                return str(each["values"][0])
+    return ""
 
 
-def placement(item: Object, nodes: Iterable[Object], pods: Iterable[Object]) -> tuple[list[str], list[Object]]:
-    """Nodes that lack their pod, and pods to delete (misplaced, doubled, ended, or of an old template)."""
-    wanted = {n["metadata"]["name"] for n in nodes if eligible(item, n)}
-    kept: dict[str, Object] = {}
-    surplus, stale = [], []
-    for pod in sorted(pods, key=lambda p: (not is_ready(p), p["metadata"]["creationTimestamp"])):
-        node = pod["spec"].get("nodeName")
-        ended = pod.get("status", {}).get("phase") in ("Succeeded", "Failed")
-        if node not in wanted or node in kept or ended:
-            surplus.append(pod)
+def wants(item: Object, node: Object) -> tuple[bool, bool]:
+    """Whether a DaemonSet wants a pod on a node, and whether one that is there may stay.
+
+    Readiness, cordons and pressure do not matter to it.
+    """
+    template = item["spec"]["template"]["spec"]
+    if (name := template.get("nodeName")) and name != node["metadata"]["name"]:
+        return False, False
+    if affinity_refusal({"spec": template}, node):
+        return False, False
+    trial = {"spec": pod_spec(item, node["metadata"]["name"])}
+    if untolerated(trial, node, ("NoExecute",)) is not None:
+        return False, False
+    return untolerated(trial, node, ("NoSchedule",)) is None, True
+
+
+@dataclass(slots=True)
+class Placement:
+    """Nodes to make a pod for, pods to delete, and pods that ended and are replaced."""
+
+    create: list[str] = field(default_factory=list)
+    delete: list[Object] = field(default_factory=list)
+    failed: list[Object] = field(default_factory=list)
+
+
+def by_node(pods: Iterable[Object]) -> dict[str, list[Object]]:
+    """Pods by the node they are on or for, the oldest first."""
+    found: dict[str, list[Object]] = {}
+    for pod in sorted(pods, key=lambda p: (p["metadata"].get("creationTimestamp", ""), p["metadata"]["name"])):
+        found.setdefault(node_of(pod), []).append(pod)
+    return found
+
+
+def place(
+    item: Object, nodes: Mapping[str, Object], pods: Mapping[str, Sequence[Object]], digest: str, surge: int
+) -> Placement:
+    """Which nodes lack their pod, and which pods are misplaced, doubled or ended."""
+    made = Placement()
+    for name, node in sorted(nodes.items()):
+        here = list(pods.get(name, ()))
+        run, stay = wants(item, node)
+        if not stay:
+            made.delete += [p for p in here if not is_terminating(p)]
             continue
-        kept[node] = pod
-        if (pod["metadata"].get("labels") or {}).get(HASH) != revision(item):
-            stale.append(pod)
-    strategy = item["spec"].get("updateStrategy") or {}
-    if strategy.get("type", "RollingUpdate") == "RollingUpdate" and stale:
-        limit = (strategy.get("rollingUpdate") or {}).get("maxUnavailable", 1)
-        allowed = max(1, bound(limit, len(wanted), up=True))
-        missing = len(wanted - kept.keys()) + sum(not is_ready(p) for p in kept.values())
-        broken = [p for p in stale if not is_ready(p)]
-        working = [p for p in stale if is_ready(p)]
-        surplus += broken + working[: max(0, allowed - missing)]
-    return sorted(wanted - kept.keys()), surplus
+        alive = [p for p in here if not is_terminating(p)]
+        ended = [p for p in alive if is_finished(p)]
+        active = [p for p in alive if not is_finished(p)]
+        made.failed += ended
+        if run and not here:
+            made.create.append(name)
+        old = [p for p in active if labels(p).get(HASH) != digest]
+        new = [p for p in active if labels(p).get(HASH) == digest]
+        if surge and new:
+            kept = {p["metadata"]["uid"] for p in (*old[:1], new[0])}
+        else:
+            ready = sorted(active, key=lambda p: not is_ready(p))
+            kept = {p["metadata"]["uid"] for p in ready[:1]}
+        made.delete += [p for p in active if p["metadata"]["uid"] not in kept]
+    for name, misplaced in pods.items():
+        if name not in nodes:
+            made.delete += [p for p in misplaced if not is_terminating(p)]
+    return made
+
+
+def roll(
+    item: Object, wanted: Sequence[str], pods: Mapping[str, Sequence[Object]], digest: str, now: datetime
+) -> Placement:
+    """The next step of a rolling update: old pods to delete, and nodes to make a second pod for."""
+    made = Placement()
+    rolling = (item["spec"].get("updateStrategy") or {}).get("rollingUpdate") or {}
+    surge = count_or_share(rolling.get("maxSurge", 0), len(wanted), up=True)
+    unavailable = count_or_share(rolling.get("maxUnavailable", 1), len(wanted), up=True)
+    if not surge and not unavailable:
+        unavailable = 1
+    least = item["spec"].get("minReadySeconds") or 0
+    missing = surging = 0
+    broken: list[Object] = []
+    working: list[Object] = []
+    for name in wanted:
+        alive = [p for p in pods.get(name, ()) if not is_terminating(p) and not is_finished(p)]
+        old = next((p for p in alive if labels(p).get(HASH) != digest), None)
+        new = next((p for p in alive if labels(p).get(HASH) == digest), None)
+        if new is not None and old is not None:
+            if is_available(new, least, now):
+                made.delete.append(old)
+            else:
+                surging += 1
+        elif old is None:
+            missing += new is None or not is_available(new, least, now)
+        elif is_available(old, least, now):
+            working.append(old)
+        else:
+            missing += 1
+            broken.append(old)
+    if surge:
+        nodes = [node_of(p) for p in (*broken, *working[: max(0, surge - surging)])]
+        made.create += [n for n in nodes if not any(is_terminating(p) for p in pods.get(n, ()))]
+    else:
+        made.delete += [*broken, *working[: max(0, unavailable - missing)]]
+    return made
+
+
+def status(
+    item: Object,
+    nodes: Mapping[str, Object],
+    pods: Mapping[str, Sequence[Object]],
+    digest: str,
+    collisions: int,
+    now: datetime,
+) -> Object:
+    """The status of a DaemonSet."""
+    least = item["spec"].get("minReadySeconds") or 0
+    desired = current = misplaced = ready = available = updated = 0
+    for name, node in nodes.items():
+        run, _ = wants(item, node)
+        here = [p for p in pods.get(name, ()) if not is_terminating(p)]
+        desired += run
+        if not run:
+            misplaced += bool(here)
+            continue
+        if here:
+            current += 1
+            newest = here[-1]
+            ready += any(is_ready(p) for p in here)
+            available += any(is_available(p, least, now) for p in here)
+            updated += labels(newest).get(HASH) == digest
+    made: Object = {
+        "observedGeneration": item["metadata"].get("generation", 0),
+        "desiredNumberScheduled": desired,
+        "currentNumberScheduled": current,
+        "numberMisscheduled": misplaced,
+        "numberReady": ready,
+        "numberAvailable": available,
+        "numberUnavailable": desired - available,
+        "updatedNumberScheduled": updated,
+    }
+    if collisions:
+        made["collisionCount"] = collisions
+    return made
 
 
 class DaemonSets:
-    """Reconciles DaemonSets from the caches of DaemonSets, pods and nodes."""
+    """Reconciles DaemonSets from the caches of DaemonSets, pods, nodes and their revisions."""
 
-    def __init__(self, client: Client, items: Cache, pods: Cache, nodes: Cache) -> None:
+    def __init__(
+        self,
+        client: Client,
+        items: Cache,
+        pods: Dependents,
+        nodes: Cache,
+        revisions: Dependents,
+        recorder: Recorder,
+    ) -> None:
         self.client, self.items, self.pods, self.nodes = client, items, pods, nodes
+        self.revisions, self.recorder = Revisions(revisions, "DaemonSet"), recorder
         self.queue = WorkQueue("daemonset", self.reconcile)
-        self._created: dict[str, dict[str, Object]] = {}
-        self._deleted: set[str] = set()
         items.on_change(self._changed)
-        pods.on_change(self._pod_changed)
+        pods.cache.on_change(self._pod_changed)
         nodes.on_change(self._node_changed)
 
     def _changed(self, old: Object | None, new: Object | None) -> None:
-        meta = (new or old or {})["metadata"]
-        if new is None:
-            self._created.pop(meta["uid"], None)
-        self.queue.add((meta["namespace"], meta["name"]))
+        metadata = (new or old or {})["metadata"]
+        self.queue.add((metadata["namespace"], metadata["name"]))
 
     def _node_changed(self, old: Object | None, new: Object | None) -> None:
         def relevant(node: Object | None) -> object:
@@ -119,60 +248,82 @@ class DaemonSets:
                 self.queue.add(key)
 
     def _pod_changed(self, old: Object | None, new: Object | None) -> None:
-        pod = new or old or {}
-        uid = pod["metadata"]["uid"]
-        if new is None:
-            self._deleted.discard(uid)
-        owner = controller_of(pod)
-        if owner and owner["kind"] == "DaemonSet":
-            self._created.get(owner["uid"], {}).pop(uid, None)
-            self.queue.add((pod["metadata"]["namespace"], owner["name"]))
+        for pod in (old, new):
+            if pod is None:
+                continue
+            namespace = pod["metadata"]["namespace"]
+            owner = controller_of(pod)
+            if owner and owner["kind"] == "DaemonSet":
+                self.queue.add((namespace, owner["name"]))
+            elif owner is None and labels(pod):
+                for key, item in self.items.objects.items():
+                    if key[0] == namespace and match_labels(item["spec"].get("selector"), labels(pod)):
+                        self.queue.add(key)
 
     async def reconcile(self, key: Key) -> None:
         """Make what is missing of one DaemonSet, delete what is too much, and write its status."""
         item = self.items.objects.get(key)
-        if item is None or item["metadata"].get("deletionTimestamp"):
+        if item is None or is_terminating(item):
             return
-        uid = item["metadata"]["uid"]
-        unseen = self._created.setdefault(uid, {})
-        seen = [
-            p
-            for p in self.pods.objects.values()
-            if (controller_of(p) or {}).get("uid") == uid
-            and not p["metadata"].get("deletionTimestamp")
-            and p["metadata"]["uid"] not in self._deleted
-        ]
-        nodes = list(self.nodes.objects.values())
-        lacking, surplus = placement(item, nodes, [*seen, *unseen.values()])
-        for node in lacking:
-            made = await self.client.create(PODS, pod_of(item, node))
-            if self.pods.get(made["metadata"]["name"], key[0]) is None:
-                unseen[made["metadata"]["uid"]] = made
-        for pod in surplus:
-            await self.client.delete(PODS, pod["metadata"]["name"], key[0])
-            self._deleted.add(pod["metadata"]["uid"])
-        await self._write_status(item, nodes, seen)
+        await self.pods.claim(item, "apps/v1", "DaemonSet")
+        revision, collisions = await self.revisions.sync(item)
+        digest = digest_of(revision)
+        nodes = {n["metadata"]["name"]: n for n in self.nodes.objects.values()}
+        strategy = item["spec"].get("updateStrategy") or {}
+        rolling = strategy.get("type", "RollingUpdate") == "RollingUpdate"
+        limit = (strategy.get("rollingUpdate") or {}).get("maxSurge", 0) if rolling else 0
+        now = clock()
+        await self._do(item, digest, place(item, nodes, self._mine(item), digest, 1 if limit else 0))
+        if rolling:
+            wanted = [name for name, node in sorted(nodes.items()) if wants(item, node)[0]]
+            await self._do(item, digest, roll(item, wanted, self._mine(item), digest, now))
+        mine = self._mine(item)
+        every = [p for here in mine.values() for p in here]
+        await self._write_status(item, status(item, nodes, mine, digest, collisions, now))
+        live = names_in_use(every, item["metadata"]["name"], whole=False)
+        await self.revisions.prune(item, live, item["spec"].get("revisionHistoryLimit", 10))
+        if (wait := soonest(every, item["spec"].get("minReadySeconds") or 0, now)) is not None:
+            self.queue.add_after(key, wait)
 
-    async def _write_status(self, item: Object, nodes: list[Object], pods: list[Object]) -> None:
-        wanted = {n["metadata"]["name"] for n in nodes if eligible(item, n)}
-        placed = [p for p in pods if p["spec"].get("nodeName") in wanted]
-        ready = sum(is_ready(p) for p in placed)
-        fresh = revision(item)
-        status = {
-            "observedGeneration": item["metadata"].get("generation", 0),
-            "desiredNumberScheduled": len(wanted),
-            "currentNumberScheduled": len(placed),
-            "numberMisscheduled": len(pods) - len(placed),
-            "numberReady": ready,
-            "numberAvailable": ready,
-            "numberUnavailable": len(wanted) - ready,
-            "updatedNumberScheduled": sum(
-                (p["metadata"].get("labels") or {}).get(HASH) == fresh for p in placed
-            ),
-        }
+    def _mine(self, item: Object) -> dict[str, list[Object]]:
+        return by_node(self.pods.of(item["metadata"]["uid"]))
+
+    async def _do(self, item: Object, digest: str, steps: Placement) -> None:
+        for pod in steps.failed:
+            name, node = pod["metadata"]["name"], node_of(pod)
+            if phase(pod) == "Failed":
+                words = f"Found failed daemon pod {pod['metadata']['namespace']}/{name} on node {node}, "
+                self.recorder.record(item, "Warning", "FailedDaemonPod", words + "will try to kill it")
+            else:
+                words = f"Found succeeded daemon pod {pod['metadata']['namespace']}/{name} on node {node}, "
+                self.recorder.record(item, "Normal", "SucceededDaemonPod", words + "will try to delete it")
+        await side_by_side(partial(self._delete, item, p) for p in (*steps.delete, *steps.failed))
+        await side_by_side(partial(self._create, item, digest, n) for n in steps.create)
+
+    async def _create(self, item: Object, digest: str, node: str) -> None:
+        owner = reference(item, "apps/v1", "DaemonSet")
+        pod = from_template(item, owner, item["spec"]["template"], {HASH: digest})
+        pod["spec"] = pod_spec(item, node)
+        try:
+            made = await self.pods.create(pod)
+        except ApiError as error:
+            if "being terminated" in error.message:
+                return
+            self.recorder.record(item, "Warning", "FailedCreate", f"Error creating: {error.message}")
+            raise
+        words = f"Created pod: {made['metadata']['name']}"
+        self.recorder.record(item, "Normal", "SuccessfulCreate", words)
+
+    async def _delete(self, item: Object, pod: Object) -> None:
+        await self.pods.delete(pod)
+        words = f"Deleted pod: {pod['metadata']['name']}"
+        self.recorder.record(item, "Normal", "SuccessfulDelete", words)
+
+    async def _write_status(self, item: Object, made: Object) -> None:
         known = item.get("status") or {}
-        if any(known.get(k, 0) != v for k, v in status.items()):
-            meta = item["metadata"]
-            await self.client.patch(
-                DAEMON_SETS, meta["name"], {"status": status}, meta["namespace"], subresource="status"
+        if any(known.get(k, 0) != v for k, v in made.items()):
+            metadata = item["metadata"]
+            answer = await self.client.patch(
+                DAEMON_SETS, metadata["name"], {"status": made}, metadata["namespace"], subresource="status"
             )
+            self.items.wrote(answer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable, Mapping
 
-from meshlight.controllers.replicaset import is_ready
+from meshlight.controllers.pods import is_ready
 from meshlight.controllers.slices import Group, Owner, Ports, SliceWriter, port_objects
 from meshlight.controllers.workqueue import Key, WorkQueue
 from meshlight.kube.client import ApiError, Cache, Client

@@ -18,6 +18,13 @@ GRACE = 40.0
 """Seconds without a renewal after which a node counts as unreachable."""
 UNREACHABLE = "node.kubernetes.io/unreachable"
 NOT_READY = "node.kubernetes.io/not-ready"
+UNSCHEDULABLE = "node.kubernetes.io/unschedulable"
+PRESSURE = {
+    "MemoryPressure": "node.kubernetes.io/memory-pressure",
+    "DiskPressure": "node.kubernetes.io/disk-pressure",
+    "PIDPressure": "node.kubernetes.io/pid-pressure",
+}
+"""Taints by the condition that they follow."""
 
 
 def silence(lease: Object, now: datetime) -> float:
@@ -32,11 +39,21 @@ def ready_status(node: Object) -> str:
     return next((c["status"] for c in conditions if c["type"] == "Ready"), "Unknown")
 
 
-def taints(node: Object, unreachable: bool) -> list[dict[str, Any]]:
-    """The taints that the node should have: others' kept, ours as its condition says."""
-    kept = [t for t in (node.get("spec") or {}).get("taints") or [] if t["key"] not in (UNREACHABLE, NOT_READY)]
+def taints(node: Object, unreachable: bool, now: str) -> list[dict[str, Any]]:
+    """The taints that the node should have: others' kept, ours as its conditions and its cordon say."""
+    before = (node.get("spec") or {}).get("taints") or []
+    conditions = {c["type"]: c["status"] for c in (node.get("status") or {}).get("conditions") or []}
     key = UNREACHABLE if unreachable else NOT_READY if ready_status(node) == "False" else None
-    return [*kept, *({"key": key, "effect": effect} for effect in ("NoSchedule", "NoExecute") if key)]
+    wanted = [(key, effect) for effect in ("NoSchedule", "NoExecute") if key]
+    wanted += [(k, "NoSchedule") for kind, k in PRESSURE.items() if conditions.get(kind) == "True"]
+    if (node.get("spec") or {}).get("unschedulable"):
+        wanted.append((UNSCHEDULABLE, "NoSchedule"))
+    ours = {UNREACHABLE, NOT_READY, UNSCHEDULABLE, *PRESSURE.values()}
+    found = [t for t in before if t["key"] not in ours]
+    for name, effect in wanted:
+        known = next((t for t in before if (t["key"], t["effect"]) == (name, effect)), None)
+        found.append(known or {"key": name, "effect": effect, "timeAdded": now})
+    return found
 
 
 def unknown(node: Object, now: str) -> list[Object]:
@@ -72,7 +89,12 @@ class NodeLifecycle:
         name = (new or old or {})["metadata"]["name"]
         if new is None and (timer := self._timers.pop(name, None)):
             timer.cancel()
-        if old is None or new is None or ready_status(old) != ready_status(new):
+
+        def relevant(node: Object) -> object:
+            found = (node.get("status") or {}).get("conditions") or []
+            return [(c["type"], c["status"]) for c in found], node["spec"]
+
+        if old is None or new is None or relevant(old) != relevant(new):
             self.queue.add(("", name))
 
     def _renewed(self, old: Object | None, new: Object | None) -> None:
@@ -104,7 +126,7 @@ class NodeLifecycle:
             patch: Object = {"status": {"conditions": unknown(node, stamp)}}
             await self.client.patch(NODES, key[1], patch, subresource="status")
             await self._unready_pods(key[1], stamp)
-        wanted = taints(node, silent)
+        wanted = taints(node, silent, stamp)
         if wanted != ((node.get("spec") or {}).get("taints") or []):
             await self.client.patch(NODES, key[1], {"spec": {"taints": wanted or None}})
 

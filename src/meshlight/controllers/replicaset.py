@@ -1,127 +1,155 @@
 """Keeps the number of pods each ReplicaSet asks for.
 
-`plan` is pure. The shell remembers pods it made or removed until the watch shows them, so that a
-cache that lags never leads to too many.
+`plan` and `status` are pure; the shell creates and deletes pods and says so in Events.
 """
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Sequence
+from datetime import datetime
+from functools import partial
 
+from meshlight.controllers.ownership import Dependents, side_by_side
+from meshlight.controllers.pods import (
+    clock,
+    condition,
+    controller_of,
+    deletion_order,
+    from_template,
+    is_active,
+    is_available,
+    is_ready,
+    is_terminating,
+    labels,
+    reference,
+    soonest,
+    stamp,
+)
 from meshlight.controllers.workqueue import Key, WorkQueue
-from meshlight.kube.client import Cache, Client
-from meshlight.kube.resources import PODS, REPLICA_SETS, Object
+from meshlight.kube.client import ApiError, Cache, Client
+from meshlight.kube.recorder import Recorder
+from meshlight.kube.resources import REPLICA_SETS, Object
+from meshlight.kube.selectors import match_labels
+
+_BURST = 500
+_WORKERS = 4
 
 
-def is_ready(pod: Object) -> bool:
-    """Whether the pod's Ready condition holds."""
-    conditions = pod.get("status", {}).get("conditions") or []
-    return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
-
-
-def controller_of(obj: Object) -> Object | None:
-    """The owner reference that is the object's controller."""
-    for owner in obj["metadata"].get("ownerReferences") or []:
-        if owner.get("controller"):
-            return owner  # type: ignore[no-any-return]
-    return None
-
-
-def plan(wanted: int, pods: list[Object]) -> tuple[int, list[Object]]:
-    """How many pods to create, and which to delete: unplaced and unready ones, then the newest."""
+def plan(wanted: int, pods: Sequence[Object]) -> tuple[int, list[Object]]:
+    """How many pods to create, and which of the active ones to delete."""
     if len(pods) <= wanted:
         return wanted - len(pods), []
-    newest = sorted(pods, key=lambda p: p["metadata"]["creationTimestamp"], reverse=True)
-    ranked = sorted(newest, key=lambda p: (bool(p["spec"].get("nodeName")), is_ready(p)))
-    return 0, ranked[: len(pods) - wanted]
+    return 0, deletion_order(pods)[: len(pods) - wanted]
 
 
-def pod_of(owner: Object) -> Object:
-    """A new pod from the ReplicaSet's template, owned by it."""
-    template = copy.deepcopy(owner["spec"]["template"])
-    meta = owner["metadata"]
-    metadata = template.get("metadata") or {}
-    reference = {
-        "apiVersion": "apps/v1",
-        "kind": "ReplicaSet",
-        "name": meta["name"],
-        "uid": meta["uid"],
-        "controller": True,
-        "blockOwnerDeletion": True,
+def status(item: Object, pods: Sequence[Object], refused: str, now: datetime) -> Object:
+    """The status of a ReplicaSet with these active pods; `refused` is why the API took no more of them."""
+    spec = item["spec"]
+    min_ready = spec.get("minReadySeconds") or 0
+    wanted = (spec["template"].get("metadata") or {}).get("labels") or {}
+    made: Object = {
+        "replicas": len(pods),
+        "fullyLabeledReplicas": sum(match_labels({"matchLabels": wanted}, labels(p)) for p in pods),
+        "readyReplicas": sum(is_ready(p) for p in pods),
+        "availableReplicas": sum(is_available(p, min_ready, now) for p in pods),
+        "observedGeneration": item["metadata"].get("generation", 0),
     }
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {
-            "generateName": meta["name"] + "-",
-            "namespace": meta["namespace"],
-            "labels": metadata.get("labels") or {},
-            "annotations": metadata.get("annotations") or {},
-            "ownerReferences": [reference],
-        },
-        "spec": template["spec"],
-    }
+    before = condition(item, "ReplicaFailure")
+    kept = [c for c in (item.get("status") or {}).get("conditions") or [] if c["type"] != "ReplicaFailure"]
+    if refused:
+        failure = {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": refused}
+        failure["lastTransitionTime"] = before.get("lastTransitionTime") or stamp(now)
+        kept.append(failure)
+    if kept or before:
+        made["conditions"] = kept
+    return made
 
 
 class ReplicaSets:
     """Reconciles ReplicaSets from the caches of ReplicaSets and pods."""
 
-    def __init__(self, client: Client, sets: Cache, pods: Cache) -> None:
-        self.client, self.sets, self.pods = client, sets, pods
-        self.queue = WorkQueue("replicaset", self.reconcile)
-        self._created: dict[str, dict[str, Object]] = {}
-        self._deleted: set[str] = set()
-        sets.on_change(self._set_changed)
-        pods.on_change(self._pod_changed)
+    def __init__(self, client: Client, sets: Cache, pods: Dependents, recorder: Recorder) -> None:
+        self.client, self.sets, self.pods, self.recorder = client, sets, pods, recorder
+        self.queue = WorkQueue("replicaset", self.reconcile, _WORKERS)
+        sets.on_change(self._changed)
+        pods.cache.on_change(self._pod_changed)
 
-    def _set_changed(self, old: Object | None, new: Object | None) -> None:
-        meta = (new or old or {})["metadata"]
-        if new is None:
-            self._created.pop(meta["uid"], None)
-        self.queue.add((meta["namespace"], meta["name"]))
+    def _changed(self, old: Object | None, new: Object | None) -> None:
+        metadata = (new or old or {})["metadata"]
+        self.queue.add((metadata["namespace"], metadata["name"]))
 
     def _pod_changed(self, old: Object | None, new: Object | None) -> None:
-        pod = new or old or {}
-        uid = pod["metadata"]["uid"]
-        if new is None:
-            self._deleted.discard(uid)
-        owner = controller_of(pod)
-        if owner and owner["kind"] == "ReplicaSet":
-            self._created.get(owner["uid"], {}).pop(uid, None)
-            self.queue.add((pod["metadata"]["namespace"], owner["name"]))
+        for pod in (old, new):
+            if pod is None:
+                continue
+            owner = controller_of(pod)
+            namespace = pod["metadata"]["namespace"]
+            if owner and owner["kind"] == "ReplicaSet":
+                self.queue.add((namespace, owner["name"]))
+            elif owner is None and labels(pod):
+                for key, item in self.sets.objects.items():
+                    if key[0] == namespace and match_labels(item["spec"].get("selector"), labels(pod)):
+                        self.queue.add(key)
 
     async def reconcile(self, key: Key) -> None:
         """Create or delete pods of one ReplicaSet and write its status."""
-        owner = self.sets.objects.get(key)
-        if owner is None:
+        item = self.sets.objects.get(key)
+        if item is None:
             return
-        uid = owner["metadata"]["uid"]
-        unseen = self._created.setdefault(uid, {})
-        seen = [
-            p
-            for p in self.pods.objects.values()
-            if (controller_of(p) or {}).get("uid") == uid
-            and not p["metadata"].get("deletionTimestamp")
-            and p["metadata"]["uid"] not in self._deleted
-            and p.get("status", {}).get("phase") not in ("Succeeded", "Failed")
-        ]
-        if not owner["metadata"].get("deletionTimestamp"):
-            create, surplus = plan(owner["spec"].get("replicas", 1), [*seen, *unseen.values()])
-            for _ in range(create):
-                made = await self.client.create(PODS, pod_of(owner))
-                if self.pods.get(made["metadata"]["name"], key[0]) is None:
-                    unseen[made["metadata"]["uid"]] = made
-            for pod in surplus:
-                await self.client.delete(PODS, pod["metadata"]["name"], key[0])
-                self._deleted.add(pod["metadata"]["uid"])
-        ready = sum(is_ready(p) for p in seen)
-        status = {
-            "replicas": len(seen),
-            "fullyLabeledReplicas": len(seen),
-            "readyReplicas": ready,
-            "availableReplicas": ready,
-            "observedGeneration": owner["metadata"].get("generation", 0),
-        }
-        known = owner.get("status") or {}
-        if any(known.get(k, 0) != v for k, v in status.items()):
-            await self.client.patch(REPLICA_SETS, key[1], {"status": status}, key[0], subresource="status")
+        await self.pods.claim(item, "apps/v1", "ReplicaSet")
+        refused = ""
+        failure: ApiError | None = None
+        if not is_terminating(item):
+            active = self._active(item)
+            create, surplus = plan(item["spec"].get("replicas", 1), active)
+            try:
+                await side_by_side([partial(self._create, item)] * min(create, _BURST))
+                await side_by_side(partial(self._delete, item, pod) for pod in surplus[:_BURST])
+            except ApiError as error:
+                failure, refused = error, error.message
+        now = clock()
+        active = self._active(item)
+        min_ready = item["spec"].get("minReadySeconds") or 0
+        await self._write_status(item, status(item, active, refused, now))
+        if (wait := soonest(active, min_ready, now)) is not None:
+            self.queue.add_after(key, wait)
+        if failure is not None:
+            raise failure
+
+    def _active(self, item: Object) -> list[Object]:
+        return [p for p in self.pods.of(item["metadata"]["uid"]) if is_active(p)]
+
+    async def _create(self, item: Object) -> None:
+        pod = from_template(item, reference(item, "apps/v1", "ReplicaSet"), item["spec"]["template"])
+        try:
+            made = await self.pods.create(pod)
+        except ApiError as error:
+            if error.code == 404 or "being terminated" in error.message:
+                return  # the namespace is going
+            self.recorder.record(item, "Warning", "FailedCreate", f"Error creating: {error.message}")
+            raise
+        words = f"Created pod: {made['metadata']['name']}"
+        self.recorder.record(item, "Normal", "SuccessfulCreate", words)
+
+    async def _delete(self, item: Object, pod: Object) -> None:
+        await self.pods.delete(pod)
+        words = f"Deleted pod: {pod['metadata']['name']}"
+        self.recorder.record(item, "Normal", "SuccessfulDelete", words)
+
+    async def _write_status(self, item: Object, made: Object) -> None:
+        known = item.get("status") or {}
+        if any(known.get(k, 0) != v for k, v in made.items()):
+            metadata = item["metadata"]
+            try:
+                answer = await self.client.patch(
+                    REPLICA_SETS,
+                    metadata["name"],
+                    {"status": made},
+                    metadata["namespace"],
+                    subresource="status",
+                )
+            except ApiError as error:
+                if error.code != 404:
+                    raise
+                return
+            self.sets.wrote(answer)

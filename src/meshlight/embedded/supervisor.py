@@ -91,7 +91,8 @@ class Supervisor:
         self.api = Part(
             "apiserver", module("meshlight.kube.server", "--state", str(state), *serving), (listen_fd,)
         )
-        controllers = Part("controllers", module("meshlight.controllers", "--kubeconfig", credentials))
+        disk = ["--disk", str(state / "volumes")]
+        controllers = Part("controllers", module("meshlight.controllers", "--kubeconfig", credentials, *disk))
         install = ("--kubeconfig", credentials, "--cluster", layout.name, "--nodes", str(len(nodes)))
         installer = Part("install", module("meshlight.embedded.install", *install))
         agents = [
@@ -105,9 +106,8 @@ class Supervisor:
             )
             for index, name in enumerate(nodes, start=1)
         ]
-        uplink = Part("uplink", module("meshlight.uplink", "--kubeconfig", credentials, "--state", str(state)))
         self.once = {installer.name}
-        self.parts = [controllers, installer, uplink, *agents]
+        self.parts = [controllers, installer, *agents]
         self.by_pid: dict[int, Part] = {}
 
     async def run(self) -> None:

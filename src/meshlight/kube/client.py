@@ -396,6 +396,8 @@ class Cache:
 
     `objects` maps (namespace, name) to the object. Each callback is called after the copy changed,
     as `callback(old | None, new | None)`. Run it as a task: `async with asyncio.TaskGroup`.
+    A writer hands in the answers of its writes (`wrote`, `erased`), so that it never decides on a copy
+    that is older than what it did itself.
     """
 
     def __init__(self, client: Client, resource: Resource, **selectors: str) -> None:
@@ -405,6 +407,9 @@ class Cache:
         self.objects: dict[tuple[str, str], Object] = {}
         self.synced = asyncio.Event()
         self._callbacks: list[Callable[[Object | None, Object | None], None]] = []
+        self._seen = 0
+        self._ahead: dict[tuple[str, str], int] = {}  # versions that the watch has not shown yet
+        self._erased: set[str] = set()
 
     def on_change(self, callback: Callable[[Object | None, Object | None], None]) -> None:
         """Register a callback; it must not block."""
@@ -414,20 +419,60 @@ class Cache:
         """The object of that name, if known."""
         return self.objects.get((namespace, name))
 
+    def wrote(self, obj: Object) -> None:
+        """Take in the answer of a write before the watch shows it; one the watch has passed says nothing."""
+        key, version = _key(obj), _version(obj)
+        if version > max(self._seen, self._ahead.get(key, 0)):
+            self._ahead[key] = version
+            obj.setdefault("apiVersion", self.resource.api_version)
+            obj.setdefault("kind", self.resource.kind)
+            self._put(key, obj)
+
+    def erased(self, obj: Object) -> None:
+        """Forget an object whose deletion was answered, although the watch may still show it for a while."""
+        known = self.objects.get(_key(obj))
+        if known is not None and known["metadata"]["uid"] == obj["metadata"]["uid"]:
+            self._erased.add(known["metadata"]["uid"])
+            self._put(_key(obj), None)
+
     async def run(self) -> None:
         """Follow the collection until cancelled."""
         async with contextlib.aclosing(self.client.watch(self.resource, **self.selectors)) as events:
             async for event in events:
                 if event.type == "SYNCED":
                     self.synced.set()
-                    continue
-                key = _key(event.object)
-                old = self.objects.get(key)
-                new: Object | None = event.object
-                if event.type == "DELETED":
-                    self.objects.pop(key, None)
-                    old, new = old or event.object, None
                 else:
-                    self.objects[key] = event.object
-                for callback in self._callbacks:
-                    callback(old, new)
+                    self._heard(event)
+
+    def _heard(self, event: WatchEvent) -> None:
+        key, version, uid = _key(event.object), _version(event.object), event.object["metadata"]["uid"]
+        self._seen = max(self._seen, version)
+        ahead = self._ahead.get(key, 0)
+        if version >= ahead:
+            self._ahead.pop(key, None)
+        # The watch tells in order: what it has passed without telling is not there any more.
+        for ghost in [k for k, written in self._ahead.items() if written < version and k != key]:
+            if _version(self.objects.get(ghost, event.object)) == self._ahead.pop(ghost):
+                self._put(ghost, None)
+        if event.type == "DELETED":
+            self._erased.discard(uid)
+            known = self.objects.get(key)
+            if known is not None and known["metadata"]["uid"] == uid:
+                self._put(key, None)
+        elif uid not in self._erased and version >= ahead:
+            self._put(key, event.object)
+
+    def _put(self, key: tuple[str, str], new: Object | None) -> None:
+        old = self.objects.pop(key, None)
+        if new is not None:
+            self.objects[key] = new
+        if old is None and new is None:
+            return
+        for callback in self._callbacks:
+            callback(old, new)
+
+
+def _version(obj: Object) -> int:
+    """A revision as a number: of one collection they can be compared."""
+    text = obj["metadata"].get("resourceVersion") or "0"
+    return int(text) if text.isdigit() else 0

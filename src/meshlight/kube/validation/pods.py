@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from meshlight.kube import field_errors as faults
@@ -28,17 +28,17 @@ def pod(obj: Object) -> list[Cause]:
     return spec(obj.get("spec") or {}, "spec")
 
 
-def template(found: Object, path: str) -> list[Cause]:
-    """Faults of a PodTemplateSpec."""
+def template(found: Object, path: str, claims: Iterable[str] = ()) -> list[Cause]:
+    """Faults of a PodTemplateSpec; `claims` are volumes that its StatefulSet adds."""
     metadata = found.get("metadata") or {}
     causes = names.labels(metadata.get("labels"), f"{path}.metadata.labels")
-    return causes + spec(found.get("spec") or {}, f"{path}.spec")
+    return causes + spec(found.get("spec") or {}, f"{path}.spec", claims)
 
 
-def spec(found: Object, path: str) -> list[Cause]:
-    """Faults of a PodSpec."""
+def spec(found: Object, path: str, claims: Iterable[str] = ()) -> list[Cause]:
+    """Faults of a PodSpec; `claims` are volumes beside its own."""
     causes: list[Cause] = []
-    volumes = {v.get("name") for v in found.get("volumes") or ()}
+    volumes = {*(v.get("name") for v in found.get("volumes") or ()), *claims}
     causes += _volumes(found.get("volumes") or [], f"{path}.volumes")
     if not found.get("containers"):
         causes.append(faults.required(f"{path}.containers"))

@@ -58,7 +58,8 @@ def _template(spec: Object, kind: str) -> list[Cause]:
                 path = "spec.template.metadata.labels"
                 causes.append(faults.invalid_value(path, labels, "`selector` does not match template `labels`"))
     if "template" in spec:
-        causes += pods.template(template, "spec.template")
+        claims = [(c.get("metadata") or {}).get("name", "") for c in spec.get("volumeClaimTemplates") or ()]
+        causes += pods.template(template, "spec.template", claims)
     return causes
 
 
