@@ -38,6 +38,8 @@ class Cluster:
 
     name: str
     home: Path
+    prefix: tuple[str, ...] = ()
+    """Command that runs the command line as another user."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -62,7 +64,7 @@ class Cluster:
         if arguments[0] == "up":
             arguments = (*arguments, "--lifeline", str(LIFELINE))
         done = subprocess.run(
-            [str(MESHLIGHT), *arguments],
+            [*self.prefix, str(MESHLIGHT), *arguments],
             env=self.environment,
             capture_output=True,
             text=True,

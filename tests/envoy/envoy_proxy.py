@@ -39,8 +39,9 @@ def cluster(name: str, port: int) -> Any:
     return made
 
 
-def listener(name: str, filters: Sequence[Any]) -> Any:
-    """A listener that puts requests through `filters` and then answers 200, echoing two headers."""
+def listener(name: str, filters: Sequence[Any], rules: Mapping[str, Any]) -> Any:
+    """A listener that puts requests through `filters`, which its routes give `rules`, and then answers 200,
+    echoing two headers."""
     headers = ["x-claim", "x-seen"]
     route = route_components_pb2.Route(
         match=route_components_pb2.RouteMatch(prefix="/"),
@@ -61,7 +62,8 @@ def listener(name: str, filters: Sequence[Any]) -> Any:
             hcm.HttpFilter(name="envoy.filters.http.router", typed_config=wire.packed(router_pb2.Router())),
         ],
         route_config=route_pb2.RouteConfiguration(
-            virtual_hosts=[route_components_pb2.VirtualHost(name="all", domains=["*"], routes=[route])]
+            virtual_hosts=[route_components_pb2.VirtualHost(name="all", domains=["*"], routes=[route])],
+            typed_per_filter_config=rules,
         ),
         use_remote_address=wire.true(False),
         delayed_close_timeout=wire.seconds(0),

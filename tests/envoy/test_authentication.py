@@ -32,22 +32,32 @@ def token(key: ec.EllipticCurvePrivateKey = KEY, **claims: Any) -> str:
     return jwt.encode(body, key, algorithm="ES256", headers={"kid": "k1"})
 
 
-def rules(*entries: dict[str, Any]) -> list[Any]:
+Filters = tuple[list[Any], dict[str, Any]]
+
+
+def rules(*entries: dict[str, Any]) -> Filters:
     obj = {
         "metadata": {"name": "jwt", "namespace": "shop"},
         "spec": {"jwtRules": list(entries)},
     }
-    compiled = authentication.compile_authentication(obj)
-    return authentication.http_filters([compiled], lambda uri: None, UNUSABLE)
+    compiled = [authentication.compile_authentication(obj)]
+    filters = authentication.http_filter({"all": compiled}, lambda uri: None, UNUSABLE)
+    return filters, authentication.route_rules("all", compiled)
 
 
-def asks(*entries: dict[str, Any], action: str = "ALLOW") -> list[Any]:
+def asks(*entries: dict[str, Any], action: str = "ALLOW") -> Filters:
+    """The common rule for tokens, and a policy that asks something of them."""
     obj = {"metadata": {"name": "p", "namespace": "shop"}, "spec": {"action": action, "rules": list(entries)}}
-    return authorization.http_filters([authorization.compile_policy(obj)], {})
+    filters, per_route = rules(RULE)
+    compiled = [authorization.compile_policy(obj)]
+    return [*filters, *authorization.http_filters([], {})], {
+        **per_route,
+        **authorization.route_rules(compiled, {}),
+    }
 
 
 RULE = {"issuer": ISSUER, "jwks": key_set(KEY)}
-FILTERS: dict[str, list[Any]] = {
+FILTERS: dict[str, Filters] = {
     "plain": rules(RULE),
     "audience": rules({**RULE, "audiences": ["shop"]}),
     "two-issuers": rules(RULE, {"issuer": SECOND, "jwks": key_set(STRANGER)}),
@@ -67,39 +77,21 @@ FILTERS: dict[str, list[Any]] = {
             "outputClaimToHeaders": [{"header": "x-claim", "claim": "team"}],
         }
     ),
-    "needs-token": [*rules(RULE), *asks({"from": [{"source": {"requestPrincipals": ["*"]}}]})],
-    "needs-principal": [
-        *rules(RULE),
-        *asks({"from": [{"source": {"requestPrincipals": [f"{ISSUER}/ann", "*/bob"]}}]}),
-    ],
-    "needs-issuer": [*rules(RULE), *asks({"from": [{"source": {"requestPrincipals": [f"{ISSUER}/*"]}}]})],
-    "needs-claim": [
-        *rules(RULE),
-        *asks({"when": [{"key": "request.auth.claims[groups]", "values": ["admin"]}]}),
-    ],
-    "needs-nested": [
-        *rules(RULE),
-        *asks({"when": [{"key": "request.auth.claims[realm][role]", "values": ["own*"]}]}),
-    ],
-    "needs-scope": [
-        *rules(RULE),
-        *asks({"when": [{"key": "request.auth.claims[scope]", "values": ["write"]}]}),
-    ],
-    "needs-audience": [
-        *rules(RULE),
-        *asks({"when": [{"key": "request.auth.audiences", "values": ["shop"]}]}),
-    ],
-    "denies-without": [
-        *rules(RULE),
-        *asks({"from": [{"source": {"notRequestPrincipals": ["*"]}}]}, action="DENY"),
-    ],
+    "needs-token": asks({"from": [{"source": {"requestPrincipals": ["*"]}}]}),
+    "needs-principal": asks({"from": [{"source": {"requestPrincipals": [f"{ISSUER}/ann", "*/bob"]}}]}),
+    "needs-issuer": asks({"from": [{"source": {"requestPrincipals": [f"{ISSUER}/*"]}}]}),
+    "needs-claim": asks({"when": [{"key": "request.auth.claims[groups]", "values": ["admin"]}]}),
+    "needs-nested": asks({"when": [{"key": "request.auth.claims[realm][role]", "values": ["own*"]}]}),
+    "needs-scope": asks({"when": [{"key": "request.auth.claims[scope]", "values": ["write"]}]}),
+    "needs-audience": asks({"when": [{"key": "request.auth.audiences", "values": ["shop"]}]}),
+    "denies-without": asks({"from": [{"source": {"notRequestPrincipals": ["*"]}}]}, action="DENY"),
 }
 
 
 @pytest.fixture(scope="module")
 def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     folder = tmp_path_factory.mktemp("envoy")
-    with running(folder, [listener(name, filters) for name, filters in FILTERS.items()]) as started:
+    with running(folder, [listener(name, *filters) for name, filters in FILTERS.items()]) as started:
         yield started
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -197,12 +197,18 @@ CASES: dict[str, tuple[list[dict[str, Any]], list[tuple[Call, int]]]] = {
 }
 
 
+def policed(
+    name: str, policies: list[dict[str, Any]], authorizers: Mapping[str, authorization.ExternalAuthorizer]
+) -> Any:
+    """A listener under policies."""
+    compiled = [authorization.compile_policy(obj) for obj in policies]
+    filters = authorization.http_filters(authorization.providers_of(compiled), authorizers)
+    return listener(name, filters, authorization.route_rules(compiled, authorizers))
+
+
 @pytest.fixture(scope="module")
 def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
-    listeners = [
-        listener(name, authorization.http_filters([authorization.compile_policy(p) for p in policies], {}))
-        for name, (policies, _) in CASES.items()
-    ]
+    listeners = [policed(name, policies, {}) for name, (policies, _) in CASES.items()]
     with running(tmp_path_factory.mktemp("envoy"), listeners) as started:
         yield started
 
@@ -282,8 +288,7 @@ def asking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
         "open": replace(common, cluster="down", fail_open=True),
         "status": replace(common, cluster="down", status_on_error=503),
     }.items():
-        compiled = [authorization.compile_policy(obj)]
-        listeners.append(listener(name, authorization.http_filters(compiled, {"web": authorizer})))
+        listeners.append(policed(name, [obj], {"web": authorizer}))
     clusters = [cluster("up", server.server_address[1]), cluster("down", nobody)]
     with running(tmp_path_factory.mktemp("envoy"), listeners, clusters) as started:
         yield started

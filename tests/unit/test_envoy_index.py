@@ -25,7 +25,7 @@ class Mirror:
 
     def __init__(self, *objects: dict[str, Any]) -> None:
         self.index = Index(Mesh())
-        self.envoy = EnvoyIndex(self.index)
+        self.envoy = EnvoyIndex(self.index, '{"keys": []}')
         for obj in objects:
             self.take(obj)
 

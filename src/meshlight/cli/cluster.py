@@ -10,7 +10,8 @@ import time
 import click
 from rich.console import Console
 
-from meshlight.embedded import launch
+from meshlight.cli.listeners import listener_table
+from meshlight.embedded import launch, outlet
 from meshlight.embedded.layout import Layout
 from meshlight.operations import boot
 
@@ -55,6 +56,11 @@ def up(
         f"\n[bold]{name}[/bold] {word} ({booted.seconds:.1f} s); API on 127.0.0.1:{booted.record.api_port}"
     )
     console.print(f"kubeconfig: {layout.kubeconfig}\n", soft_wrap=True)
+    if os.geteuid() != 0:
+        console.print(f"[yellow]{launch.WITHOUT_ROOT}[/yellow]\n", soft_wrap=True)
+    if exposed := outlet.listeners(layout):
+        console.print(listener_table(exposed))
+        console.print()
     console.print("Next:")
     suffix = "" if name == "cluster-101" else f" --name {name}"
     console.print(f"  export KUBECONFIG=$(meshlight kubeconfig{suffix})", soft_wrap=True)

@@ -9,11 +9,13 @@ from rich.console import Console
 
 from meshlight import __version__
 from meshlight.cli.cluster import down, kubeconfig, up
+from meshlight.cli.expose import expose
 from meshlight.cli.run import run
 from meshlight.cli.status import status
 from meshlight.embedded.launch import LaunchError
 from meshlight.kube.client import ApiError, ApiUnreachable
 from meshlight.operations.boot import BootError
+from meshlight.operations.expose import ExposeError
 from meshlight.operations.run import RunError
 
 
@@ -30,7 +32,7 @@ def cli() -> None:
     """
 
 
-for verb in (up, down, kubeconfig, status, run):
+for verb in (up, down, kubeconfig, status, run, expose):
     cli.add_command(verb)
 
 
@@ -49,7 +51,7 @@ def main() -> int:
         return _refuse(f"{error.filename} does not exist; is the cluster up? `meshlight up` boots it")
     except ApiUnreachable as error:
         return _refuse(f"{error}; is the cluster up? `meshlight up` boots it")
-    except (LaunchError, BootError, RunError, ApiError) as error:
+    except (LaunchError, BootError, RunError, ExposeError, ApiError) as error:
         return _refuse(str(error))
     return 0
 

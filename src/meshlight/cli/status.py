@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from meshlight.cli.cluster import name_option
+from meshlight.cli.listeners import listener_table
 from meshlight.embedded.layout import Layout
 from meshlight.operations import status as operation
 
@@ -60,6 +61,9 @@ def show(console: Console, name: str, found: dict[str, Any]) -> None:
     )
     enrolled = [n["name"] for n in found["namespaces"] if n["dataplane_mode"] == "ambient"]
     console.print(f"\nenrolled namespaces: {', '.join(enrolled) or 'none'}")
+    if found.get("listeners"):
+        console.print()
+        console.print(listener_table(found["listeners"]))
     if found["workloads"]:
         console.print()
         console.print(

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 import meshlight
+from meshlight.controlplane import key_sets
 from meshlight.controlplane.envoy.index import EnvoyIndex
 from meshlight.controlplane.envoy.names import ProxyKey, account_names
 from meshlight.controlplane.facts import ObjectKey
@@ -52,7 +53,8 @@ class Discovery:
 
     def __init__(self, mesh: Mesh, metrics: Metrics, debounce: timedelta, limit: timedelta) -> None:
         self.index = Index(mesh)
-        self.envoy = EnvoyIndex(self.index)
+        self.envoy = EnvoyIndex(self.index, key_sets.unusable())
+        self.key_sets = key_sets.KeySets(self._key_set)
         self.metrics = metrics
         self.connections: set[Connection] = set()
         self.synced = asyncio.Event()
@@ -79,6 +81,15 @@ class Discovery:
             log.error(
                 "object could not be read; its last readable state stays", kind=kind, key=key, error=repr(error)
             )
+        if kind == "RequestAuthentication":
+            self.key_sets.want(self.envoy.policies.key_set_uris())
+        self._note_change()
+
+    def _key_set(self, uri: str, text: str) -> None:
+        self.envoy.set_key_set(uri, text)
+        self._note_change()
+
+    def _note_change(self) -> None:
         now = time.monotonic()
         if not self._changed.is_set():
             self._first_change = now

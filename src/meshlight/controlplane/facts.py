@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from meshlight.kube.resources import Object
@@ -60,6 +61,7 @@ class Pod:
     native_tunnel: bool
     healthy: bool
     host_network: bool
+    ports: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +75,12 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class ServicePort:
-    """A TCP port of a Service; `name` joins it to EndpointSlice ports."""
+    """A TCP port of a Service; `name` joins it to EndpointSlice ports, `target_name` to ports of pods."""
 
     name: str
     port: int
     target: int
+    target_name: str
     app_protocol: wds.AppProtocol
 
 
@@ -92,6 +95,7 @@ class Service:
     local_only: bool
     distribution: str
     publish_not_ready: bool
+    selector: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +138,18 @@ def pod(obj: Object) -> Pod | None:
         service_account=spec.get("serviceAccountName") or "default",
         node=spec.get("nodeName") or "",
         controller=controller,
-        canonical_name=_first(labels, _CANONICAL_NAME) or controller.name,
-        canonical_revision=_first(labels, _CANONICAL_REVISION) or "latest",
+        canonical_name=canonical_name(labels) or controller.name,
+        canonical_revision=canonical_revision(labels),
         hbone=native or annotations.get(REDIRECTION) == "enabled",
         native_tunnel=native,
         healthy=ready and "deletionTimestamp" not in metadata,
         host_network=bool(spec.get("hostNetwork")),
+        ports=tuple(
+            (port["name"], port["containerPort"])
+            for container in spec.get("containers") or []
+            for port in container.get("ports") or []
+            if port.get("name") and port.get("protocol", "TCP") == "TCP"
+        ),
     )
 
 
@@ -148,7 +158,17 @@ _CANONICAL_REVISION = ("service.istio.io/canonical-revision", "app.kubernetes.io
 _CRON_JOB = re.compile(r"(.+)-\d{8,10}")
 
 
-def _first(labels: dict[str, str], names: tuple[str, ...]) -> str:
+def canonical_name(labels: Mapping[str, str]) -> str:
+    """The canonical service that labels name; empty where they name none."""
+    return _first(labels, _CANONICAL_NAME)
+
+
+def canonical_revision(labels: Mapping[str, str]) -> str:
+    """The canonical revision that labels name."""
+    return _first(labels, _CANONICAL_REVISION) or "latest"
+
+
+def _first(labels: Mapping[str, str], names: tuple[str, ...]) -> str:
     return next((labels[name] for name in names if labels.get(name)), "")
 
 
@@ -206,6 +226,7 @@ def service(obj: Object) -> Service | None:
         local_only=spec.get("internalTrafficPolicy") == "Local",
         distribution=distribution.lower(),
         publish_not_ready=bool(spec.get("publishNotReadyAddresses")),
+        selector=tuple(sorted((spec.get("selector") or {}).items())),
     )
 
 
@@ -215,6 +236,7 @@ def _service_port(port: Object) -> ServicePort:
         name=port.get("name") or "",
         port=port["port"],
         target=target if isinstance(target, int) else 0,
+        target_name=target if isinstance(target, str) else "",
         app_protocol=_app_protocol(port.get("appProtocol"), port.get("name") or ""),
     )
 

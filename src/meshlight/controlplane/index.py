@@ -7,54 +7,21 @@ really differs. Pure: no clock, no network, and the same changes give the same r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
-from typing import Generic, TypeVar
 
 from meshlight.controlplane import facts, workload
+from meshlight.controlplane.external_index import ExternalIndex
 from meshlight.controlplane.facts import ObjectKey
+from meshlight.controlplane.groups import Groups
 from meshlight.controlplane.policy import TrustDomains
 from meshlight.controlplane.policy_index import Effect, PolicyIndex, Selection
-from meshlight.controlplane.resources import (
-    ADDRESS_TYPE,
-    AUTHORIZATION_TYPE,
-    Change,
-    Changes,
-    Collection,
-    node_group,
-    publish,
-)
+from meshlight.controlplane.publication import Publication
+from meshlight.controlplane.resources import ADDRESS_TYPE, AUTHORIZATION_TYPE, Changes
 from meshlight.controlplane.settings import Mesh
 from meshlight.controlplane.waypoints import Touched, WaypointIndex
 from meshlight.kube.resources import Object
 from meshlight.proto import workload_pb2 as wds
-
-Name = TypeVar("Name", bound=Hashable)
-
-
-class Groups(Generic[Name]):
-    """Sets of object keys by a name; a group that becomes empty is forgotten."""
-
-    def __init__(self) -> None:
-        self._groups: dict[Name, set[ObjectKey]] = {}
-
-    def __getitem__(self, name: Name) -> AbstractSet[ObjectKey]:
-        return self._groups.get(name, frozenset())
-
-    def names(self) -> list[Name]:
-        """The groups that have members."""
-        return list(self._groups)
-
-    def add(self, name: Name, key: ObjectKey) -> None:
-        """Put a key into a group."""
-        self._groups.setdefault(name, set()).add(key)
-
-    def discard(self, name: Name, key: ObjectKey) -> None:
-        """Take a key out of a group, if it is there."""
-        if (group := self._groups.get(name)) is not None:
-            group.discard(key)
-            if not group:
-                del self._groups[name]
 
 
 class Index:
@@ -66,7 +33,9 @@ class Index:
             mesh.root_namespace, TrustDomains(mesh.trust_domain, mesh.trust_domain_aliases)
         )
         self.waypoints = WaypointIndex(mesh)
-        self.collections = {type_url: Collection() for type_url in (AUTHORIZATION_TYPE, ADDRESS_TYPE)}
+        self._publication = Publication()
+        self.collections = self._publication.collections
+        self.external = ExternalIndex(mesh, self.policies, self.waypoints, self._publication)
         self._pods: dict[ObjectKey, facts.Pod] = {}
         self._pods_by_namespace: Groups[str] = Groups()
         self._pods_by_label: Groups[tuple[str, str, str]] = Groups()
@@ -94,6 +63,8 @@ class Index:
             ),
             "PeerAuthentication": lambda key, obj: self._apply(self.policies.set_peer_authentication(key, obj)),
             "Gateway": lambda key, obj: self._rebind(self.waypoints.set_gateway(key, obj)),
+            "ServiceEntry": self._service_entry,
+            "WorkloadEntry": self.external.set_workload_entry,
         }
 
     def observe(self, kind: str, key: ObjectKey, obj: Object | None) -> None:
@@ -107,14 +78,15 @@ class Index:
         self._touched_pods |= self._pods.keys()
         self._touched_services |= self._services.keys()
         self._touched_slices |= self._slices.keys()
+        self.external.reconfigure(mesh)
 
     def takes(self, kind: str) -> bool:
         """Whether objects of a kind matter here."""
         return kind in self._observers
 
     def service_count(self) -> int:
-        """How many Services are known."""
-        return len(self._services)
+        """How many Services and ServiceEntries are known."""
+        return len(self._services) + self.external.service_count()
 
     def service(self, key: ObjectKey) -> facts.Service | None:
         """A Service's facts."""
@@ -142,27 +114,24 @@ class Index:
 
     def pending(self) -> bool:
         """Whether a commit may change something."""
-        return bool(
-            self._touched_pods or self._touched_services or self._touched_slices or self._touched_policies
-        )
+        touched = (self._touched_pods, self._touched_services, self._touched_slices, self._touched_policies)
+        return any(touched) or self.external.pending()
 
     def commit(self) -> Changes:
         """Compile what was touched; returns what differs from what was published before."""
-        changes = {type_url: Change() for type_url in self.collections}
         for key in self._touched_services:
-            self._publish_service(key, changes)
+            self._publish_service(key)
+        self.external.commit()
         for key in self._touched_pods:
-            self._publish_pod(key, changes)
+            self._publish_pod(key)
         for key in self._touched_slices:
-            self._publish_bare_endpoints(key, changes)
+            self._publish_bare_endpoints(key)
         for key in self._touched_policies:
             authorization = self.policies.authorization(key)
             if authorization is None:
-                self._withdraw(AUTHORIZATION_TYPE, str(key), changes)
+                self._publication.withdraw(AUTHORIZATION_TYPE, str(key))
             else:
-                resource = publish(AUTHORIZATION_TYPE, str(key), authorization)
-                if self.collections[AUTHORIZATION_TYPE].put(resource):
-                    changes[AUTHORIZATION_TYPE].updated[resource.name] = resource
+                self._publication.policy(authorization)
         for touched in (
             self._touched_pods,
             self._touched_services,
@@ -170,7 +139,7 @@ class Index:
             self._touched_policies,
         ):
             touched.clear()
-        return {type_url: change for type_url, change in changes.items() if change}
+        return self._publication.take()
 
     # Observation: note what may differ.
 
@@ -208,6 +177,7 @@ class Index:
         labels = None if obj is None else obj["metadata"].get("labels") or {}
         if self.waypoints.set_namespace(key.name, labels):
             self._rebind(Touched({key.name}))
+        self.external.set_namespace(key.name, "" if obj is None else facts.namespace(obj))
         new = "" if obj is None else facts.namespace(obj)
         if new == self._namespaces.get(key.name, ""):
             return
@@ -220,6 +190,8 @@ class Index:
         for namespace in touched.namespaces:
             self._touched_services |= self._services_by_namespace[namespace]
             self._touched_pods |= self._pods_by_namespace[namespace]
+            self.external.touch_namespace(namespace)
+        self.external.touch(touched)
 
     def _service(self, key: ObjectKey, obj: Object | None) -> None:
         if self.waypoints.set_service(key, obj["metadata"].get("labels") if obj else None):
@@ -235,6 +207,7 @@ class Index:
             self._services[key] = new
             self._services_by_namespace.add(key.namespace, key)
         self._touched_services.add(key)
+        self.external.set_service(key, new)
         if old is None or new is None or old.ports != new.ports:
             for slice_key in self._slices_by_service[key]:
                 self._touch_members(self._slices[slice_key])
@@ -270,6 +243,11 @@ class Index:
         self._touched_policies |= effect.policies
         for selection in effect.selections:
             self._touched_pods.update(self._selected(selection))
+            self.external.touch_selected(selection)
+
+    def _service_entry(self, key: ObjectKey, obj: Object | None) -> None:
+        for selection in self.external.set_service_entry(key, obj):
+            self._touched_pods.update(self._selected(selection))
 
     def _selected(self, selection: Selection) -> Iterator[ObjectKey]:
         spaces = self._pods_by_namespace.names() if selection.namespace is None else [selection.namespace]
@@ -283,38 +261,34 @@ class Index:
 
     # Compilation: make what was touched, keep what differs.
 
-    def _publish_service(self, key: ObjectKey, changes: dict[str, Change]) -> None:
+    def _publish_service(self, key: ObjectKey) -> None:
         service, name = self._services.get(key), workload.service_name(self.mesh, key)
         if service is None:
-            self._withdraw(ADDRESS_TYPE, name, changes)
+            self._publication.withdraw(ADDRESS_TYPE, name)
             return
         message = workload.from_service(self.mesh, service, self._namespaces.get(key.namespace, ""))
         if waypoint := self.waypoints.of_service(key):
             message.waypoint.CopyFrom(self.waypoints.address(waypoint))
-        aliases = [self._alias(address) for address in service.addresses]
-        resource = publish(ADDRESS_TYPE, name, wds.Address(service=message), aliases)
-        if self.collections[ADDRESS_TYPE].put(resource):
-            changes[ADDRESS_TYPE].updated[name] = resource
+        self._publication.service(name, message)
 
-    def _publish_pod(self, key: ObjectKey, changes: dict[str, Change]) -> None:
+    def _publish_pod(self, key: ObjectKey) -> None:
         pod = self._pods.get(key)
         if pod is None:
-            self._withdraw(ADDRESS_TYPE, workload.pod_uid(self.mesh, key), changes)
+            self._publication.withdraw(ADDRESS_TYPE, workload.pod_uid(self.mesh, key))
             return
         attached = self.policies.attached(key.namespace, dict(pod.labels))
         slices = (self._slices[s] for s in self._slices_by_pod[key])
-        message = workload.from_pod(
-            self.mesh, pod, self._nodes.get(pod.node), self._memberships(slices), attached
-        )
+        memberships = self._memberships(slices) | self.external.memberships_of_pod(pod)
+        message = workload.from_pod(self.mesh, pod, self._nodes.get(pod.node), memberships, attached)
         labels = dict(pod.labels)
         if waypoint := self.waypoints.of_pod(key, labels):
             message.waypoint.CopyFrom(self.waypoints.address(waypoint))
         if instance := self.waypoints.instance_of(key.namespace, labels):
             message.application_tunnel.protocol = wds.ApplicationTunnel.PROXY
             message.application_tunnel.port = instance.tunnel_port
-        self._publish_workload(message, changes)
+        self._publication.workload(message)
 
-    def _publish_bare_endpoints(self, key: ObjectKey, changes: dict[str, Change]) -> None:
+    def _publish_bare_endpoints(self, key: ObjectKey) -> None:
         """Members of a slice that are no pods: addresses such as the API server's."""
         slice_ = self._slices.get(key)
         published = set()
@@ -324,9 +298,9 @@ class Index:
                     message := workload.from_endpoint(self.mesh, slice_, endpoint, services)
                 ):
                     published.add(message.uid)
-                    self._publish_workload(message, changes)
+                    self._publication.workload(message)
         for uid in self._bare.pop(key, set()) - published:
-            self._withdraw(ADDRESS_TYPE, uid, changes)
+            self._publication.withdraw(ADDRESS_TYPE, uid)
         if published:
             self._bare[key] = published
 
@@ -341,19 +315,3 @@ class Index:
             pairs = (*joined.get(name, ()), *workload.join_ports(service, slice_))
             joined[name] = tuple(dict.fromkeys(pairs))
         return joined
-
-    def _publish_workload(self, message: wds.Workload, changes: dict[str, Change]) -> None:
-        shared = message.network_mode == wds.HOST_NETWORK
-        aliases = () if shared else tuple(self._alias(address) for address in message.addresses)
-        groups = [*sorted(message.services), *([node_group(message.node)] if message.node else [])]
-        resource = publish(ADDRESS_TYPE, message.uid, wds.Address(workload=message), aliases, groups)
-        if self.collections[ADDRESS_TYPE].put(resource):
-            changes[ADDRESS_TYPE].updated[message.uid] = resource
-
-    def _withdraw(self, type_url: str, name: str, changes: dict[str, Change]) -> None:
-        old = self.collections[type_url].remove(name)
-        if old is not None:
-            changes[type_url].removed[name] = old
-
-    def _alias(self, address: bytes) -> str:
-        return f"{self.mesh.network}/{facts.address_text(address)}"

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 from meshlight.controlplane import mesh_config, monitoring, serve
+from meshlight.controlplane.address_allocation import AddressAllocator
 from meshlight.controlplane.authority import Authority, Lifetimes
 from meshlight.controlplane.authority_keeper import AuthorityKeeper
 from meshlight.controlplane.certificate_service import CertificateService
@@ -40,13 +41,15 @@ from meshlight.kube.resources import (
     PEER_AUTHENTICATIONS,
     PODS,
     SERVICE_ACCOUNTS,
+    SERVICE_ENTRIES,
     SERVICES,
+    WORKLOAD_ENTRIES,
     Object,
 )
 
 WATCHED = (
     NAMESPACES, NODES, PODS, SERVICES, ENDPOINT_SLICES, PEER_AUTHENTICATIONS, AUTHORIZATION_POLICIES,
-    GATEWAY_CLASSES, GATEWAYS,
+    GATEWAY_CLASSES, GATEWAYS, SERVICE_ENTRIES, WORKLOAD_ENTRIES,
 )  # fmt: skip
 
 _Callback = Callable[[Object | None, Object | None], None]
@@ -85,6 +88,7 @@ class Istiod:
         )
         self._mesh_config.on_change(lambda old, new: self._configure(new))
         self._status = PolicyStatus(client, self._caches["AuthorizationPolicy"], self._discovery)
+        self._addresses = AddressAllocator(client, self._caches["ServiceEntry"])
         self._gateways = GatewayController(
             client, self._caches["GatewayClass"], self._caches["Gateway"], self._caches["Service"]
         )
@@ -161,7 +165,9 @@ class Istiod:
             await asyncio.gather(*(cache.synced.wait() for cache in followed))
             self._discovery.start()
             group.create_task(self._discovery.run())
+            group.create_task(self._discovery.key_sets.run())
             group.create_task(self._status.run())
+            group.create_task(self._addresses.run())
             group.create_task(_follow(self._gateways.deployments))
             group.create_task(self._gateways.run())
             # Only now: which identities a node may have is known once all pods are.

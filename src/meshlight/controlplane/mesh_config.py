@@ -1,4 +1,4 @@
-"""Istio's MeshConfig: what ConfigMap `istio` (key `mesh`) says, as far as L4 is concerned.
+"""Istio's MeshConfig: what ConfigMap `istio` (key `mesh`) says, as far as the control plane follows it.
 
 Followed live: a text that cannot be read leaves the last readable one in force. Pure.
 """
@@ -6,12 +6,13 @@ Followed live: a text that cannot be read leaves the last readable one in force.
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
-from meshlight.controlplane.settings import Mesh, NamespaceSelector
+from meshlight.controlplane.settings import ExtensionProvider, Mesh, NamespaceSelector
 from meshlight.kube.resources import Object
 
 NAME, KEY = "istio", "mesh"
@@ -28,6 +29,7 @@ class MeshConfig:
     trust_domain: str = ""
     trust_domain_aliases: tuple[str, ...] = ()
     discovery_selectors: tuple[NamespaceSelector, ...] = ()
+    extension_providers: tuple[ExtensionProvider, ...] = ()
 
     def laid_over(self, mesh: Mesh) -> Mesh:
         """The settings of the environment with these in their place; what is unsaid stays."""
@@ -36,6 +38,7 @@ class MeshConfig:
             trust_domain=self.trust_domain or mesh.trust_domain,
             trust_domain_aliases=self.trust_domain_aliases,
             discovery_selectors=self.discovery_selectors,
+            extension_providers=self.extension_providers,
         )
 
 
@@ -53,7 +56,20 @@ def parse(config_map: Object | None) -> MeshConfig:
         raise MeshConfigError(f"trustDomain: {domain!r} is no trust domain")
     if not isinstance(aliases, list) or not all(isinstance(a, str) and a and "/" not in a for a in aliases):
         raise MeshConfigError("trustDomainAliases: a list of trust domains is expected")
-    return MeshConfig(domain, tuple(aliases), _selectors(config.get("discoverySelectors") or []))
+    selectors = _selectors(config.get("discoverySelectors") or [])
+    return MeshConfig(domain, tuple(aliases), selectors, _providers(config.get("extensionProviders") or []))
+
+
+def _providers(values: Any) -> tuple[ExtensionProvider, ...]:
+    """Istio's form: a name, and one more field that says of which kind it is."""
+    providers = []
+    for index, value in enumerate(values if isinstance(values, list) else [None]):
+        kinds = [key for key in value if key != "name"] if isinstance(value, dict) else []
+        if len(kinds) != 1 or not isinstance(value.get("name"), str):
+            raise MeshConfigError(f"extensionProviders[{index}]: a name and one provider are expected")
+        text = json.dumps(value[kinds[0]] or {}, sort_keys=True)
+        providers.append(ExtensionProvider(value["name"], kinds[0], text))
+    return tuple(providers)
 
 
 def _selectors(values: Any) -> tuple[NamespaceSelector, ...]:

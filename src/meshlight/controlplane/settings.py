@@ -5,6 +5,7 @@ Everything else of the package receives a `Settings` and never looks at the envi
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,6 +66,22 @@ class NamespaceSelector:
 
 
 @dataclass(frozen=True, slots=True)
+class ExtensionProvider:
+    """An `extensionProviders` entry of the mesh configuration: `kind` is its one field beside the name."""
+
+    name: str
+    kind: str
+    text: str
+    """The settings of the kind, as JSON."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the kind."""
+        decoded: dict[str, Any] = json.loads(self.text)
+        return decoded
+
+
+@dataclass(frozen=True, slots=True)
 class Mesh:
     """Names every part of the control plane agrees on."""
 
@@ -75,6 +92,7 @@ class Mesh:
     network: str = ""
     trust_domain_aliases: tuple[str, ...] = ()
     discovery_selectors: tuple[NamespaceSelector, ...] = ()
+    extension_providers: tuple[ExtensionProvider, ...] = ()
 
     def hostname(self, service: str, namespace: str) -> str:
         """The full name of a Kubernetes Service."""

@@ -112,6 +112,7 @@ class Touched:
     namespaces: set[str] = field(default_factory=set)
     services: set[ObjectKey] = field(default_factory=set)
     pods: set[ObjectKey] = field(default_factory=set)
+    entries: set[ObjectKey] = field(default_factory=set)
 
 
 class WaypointIndex:
@@ -123,6 +124,7 @@ class WaypointIndex:
         self._namespace_labels: dict[str, Mapping[str, str]] = {}
         self._namespaces: _Wishes[str] = _Wishes()
         self._services: _Wishes[ObjectKey] = _Wishes()
+        self._entries: _Wishes[ObjectKey] = _Wishes()
         self._pods: _Wishes[ObjectKey] = _Wishes()
 
     def set_gateway(self, key: ObjectKey, obj: Object | None) -> Touched:
@@ -139,6 +141,7 @@ class WaypointIndex:
             {key.namespace, *self._namespaces.by.get(key, ())},
             set(self._services.by.get(key, ())),
             set(self._pods.by.get(key, ())),
+            set(self._entries.by.get(key, ())),
         )
 
     def set_namespace(self, name: str, labels: Mapping[str, str] | None) -> bool:
@@ -154,6 +157,10 @@ class WaypointIndex:
         """Take a Service's labels; whether its binding may differ."""
         return self._services.set(key, binding(labels or {}, key.namespace))
 
+    def set_entry(self, key: ObjectKey, labels: Mapping[str, str] | None) -> bool:
+        """Take a ServiceEntry's labels; whether its binding may differ."""
+        return self._entries.set(key, binding(labels or {}, key.namespace))
+
     def set_pod(self, key: ObjectKey, labels: Mapping[str, str] | None) -> bool:
         """Take a Pod's labels; whether its binding may differ."""
         return self._pods.set(key, binding(labels or {}, key.namespace))
@@ -163,6 +170,11 @@ class WaypointIndex:
         found = self._resolve(self._services.of.get(key), key.namespace)
         own = found is not None and found.key == key
         return found if found is not None and found.for_services and not own else None
+
+    def of_entry(self, key: ObjectKey) -> Waypoint | None:
+        """The waypoint before the hosts of a ServiceEntry, if there is one to announce."""
+        found = self._resolve(self._entries.of.get(key), key.namespace)
+        return found if found is not None and found.for_services else None
 
     def of_pod(self, key: ObjectKey, labels: Mapping[str, str]) -> Waypoint | None:
         """The waypoint before a workload addressed directly, if there is one to announce."""

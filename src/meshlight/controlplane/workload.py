@@ -115,13 +115,20 @@ _DISTRIBUTIONS = {
 }
 
 
+def failover(distribution: str) -> wds.LoadBalancing | None:
+    """What a traffic distribution (in lower case) prefers; None for one that prefers nothing."""
+    if distribution not in _DISTRIBUTIONS:
+        return None
+    scopes = _DISTRIBUTIONS[distribution]
+    return wds.LoadBalancing(routing_preference=scopes, mode=wds.LoadBalancing.FAILOVER)
+
+
 def _load_balancing(service: Service, distribution: str) -> wds.LoadBalancing | None:
     """`internalTrafficPolicy: Local` is a promise, a traffic distribution a preference."""
     if service.local_only:
         result = wds.LoadBalancing(routing_preference=[wds.LoadBalancing.NODE], mode=wds.LoadBalancing.STRICT)
-    elif distribution in _DISTRIBUTIONS:
-        scopes = _DISTRIBUTIONS[distribution]
-        result = wds.LoadBalancing(routing_preference=scopes, mode=wds.LoadBalancing.FAILOVER)
+    elif preferred := failover(distribution):
+        result = preferred
     elif service.publish_not_ready:
         result = wds.LoadBalancing()
     else:

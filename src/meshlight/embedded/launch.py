@@ -20,18 +20,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from meshlight.embedded import pki
+from meshlight.embedded import outlet, pki
 from meshlight.embedded.layout import Layout, Record, start_time
 from meshlight.node import cgroups
 
 DEFAULT_API_PORT = 6443
 _TOOLS = {"ip": "iproute2", "nft": "nftables", "unshare": "util-linux", "nsenter": "util-linux"}
 
-_USER = ("--user", "--map-root-user", "--net", "--mount")
-_OVERLAY_TRIAL = (
-    "mount -t tmpfs tmpfs /run && mkdir /run/upper /run/work /run/merged && mount -t overlay overlay "
-    "-o lowerdir=/,upperdir=/run/upper,workdir=/run/work,userxattr /run/merged"
+_USER = ("--user", "--map-root-user", "--net", "--mount", "--pid", "--fork")
+_MOUNT_TRIAL = "mount -t proc proc /proc && mount -t tmpfs tmpfs /run"
+WITHOUT_ROOT = (
+    "without root: limits of memory and CPU are not enforced, runAsUser is ignored, and pods see of this "
+    "machine's files what you may read"
 )
+"""What is not to be had in a user namespace, in one line for the user."""
 
 
 class LaunchError(Exception):
@@ -57,10 +59,10 @@ def missing_requirements() -> list[str]:
                 "user namespaces are not permitted to you on this kernel: run as root, or allow them "
                 f"(sysctl user.max_user_namespaces, or your AppArmor policy): {tried.stderr.strip()}"
             )
-        elif subprocess.run(["unshare", *_USER, "sh", "-c", _OVERLAY_TRIAL], capture_output=True).returncode:
+        elif subprocess.run(["unshare", *_USER, "sh", "-c", _MOUNT_TRIAL], capture_output=True).returncode:
             missing.append(
-                "your user namespace may not overlay / here (the kernel locks the mounts below it), and pods "
-                "need that: run as root"
+                "your user namespace may not mount a /proc of its own here (a container hides parts of this "
+                "one), and a cluster needs that: run as root"
             )
     return missing
 
@@ -89,6 +91,7 @@ def start(
     with _locked(layout):
         before = Record.read(layout)
         if before and before.running():
+            outlet.spawn(layout, before.supervisor_pid)  # should it have died; one alive stays the only one
             return before, False
         cgroups.clear(layout.state)
         wanted = api_port or (before.api_port if before else None)
@@ -107,6 +110,7 @@ def start(
             record.supervisor_pid = _spawn(layout, listener.fileno(), record, lifeline)
             record.supervisor_started = start_time(record.supervisor_pid)
             record.write(layout)
+            outlet.spawn(layout, record.supervisor_pid)
     return record, True
 
 
@@ -194,6 +198,7 @@ def stop(layout: Layout, *, purge: bool, timeout: float = 20) -> bool:
                 if time.monotonic() > deadline:
                     os.kill(record.supervisor_pid, signal.SIGKILL)
                 time.sleep(0.02)
+            outlet.wait_until_gone(layout)
         cgroups.clear(layout.state)
         if record:
             record.supervisor_pid = record.supervisor_started = 0

@@ -106,8 +106,9 @@ class Supervisor:
             )
             for index, name in enumerate(nodes, start=1)
         ]
+        uplink = Part("uplink", module("meshlight.uplink", "--kubeconfig", credentials, "--state", str(state)))
         self.once = {installer.name}
-        self.parts = [controllers, installer, *agents]
+        self.parts = [controllers, installer, uplink, *agents]
         self.by_pid: dict[int, Part] = {}
 
     async def run(self) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from meshlight.kube.resources import Object
 from meshlight.node.environment import command_line, expand
 from meshlight.node.resolver import hostname
-from meshlight.node.rootfs import Machine, dropped_capabilities, plan
+from meshlight.node.rootfs import PRIVATE, Machine, dropped_capabilities, plan
 from meshlight.node.runtime import Mount, Program
 
 API_ADDRESS, API_PORT = "10.96.0.1", "443"
@@ -99,6 +99,7 @@ def program(
         root=str(around.root),
         mounts=plan(machine, dict(around.files), around.volumes, [*argv, cwd]),
         overlay_options=",userxattr" if machine.in_user_namespace else "",
+        private=PRIVATE,
         read_only=bool(context.get("readOnlyRootFilesystem")),
         log=str(around.log),
         drop=dropped_capabilities(context),

@@ -19,6 +19,8 @@ from meshlight.node.runtime import Mount
 
 PRIVATE = ("/proc", "/sys", "/dev", "/run", "/tmp")
 """Folders whose content is the container's own."""
+HOME = "/root"
+"""Home of the user that programs run as."""
 _PER_POD_FILES = ("/etc/resolv.conf", "/etc/hosts", "/etc/hostname")
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 _CAPABILITIES = (
@@ -45,7 +47,8 @@ class Machine:
     """Facts of this machine that every container's root depends on.
 
     `mounts` are real mounts outside the private folders; `needed` are folders with Meshlight's own
-    programs; `hidden` hold clusters' credentials and are masked.
+    programs; `hidden` hold clusters' credentials and are masked; `home` says that root's home is not
+    ours to write to, so that pods get an empty one.
     """
 
     mounts: tuple[str, ...]
@@ -53,6 +56,7 @@ class Machine:
     hidden: tuple[str, ...]
     in_user_namespace: bool
     path: str
+    home: bool = False
 
     @classmethod
     def read(cls, state: Path) -> Machine:
@@ -69,6 +73,7 @@ class Machine:
             hidden=tuple(sorted({os.path.realpath(p) for p in hidden if p.exists()})),
             in_user_namespace=identity != ["0", "0", "4294967295"],
             path=os.environ.get("PATH", os.defpath),
+            home=not os.access(HOME, os.W_OK),
         )
 
 
@@ -88,6 +93,8 @@ def plan(
     read-only, so that a script in /tmp can be run.
     """
     steps = [Mount("tmpfs", "", "/run", "mode=755"), Mount("tmpfs", "", "/tmp", "mode=1777")]
+    if machine.home:
+        steps.append(Mount("tmpfs", "", HOME, "mode=700"))
     steps += [
         Mount("bind", point, point, "ro") for point in machine.mounts if not _under(point, machine.hidden)
     ]

@@ -61,6 +61,8 @@ class Program:
     root: str = ""
     mounts: list[Mount] = field(default_factory=list)
     overlay_options: str = ""
+    private: tuple[str, ...] = ()
+    """Folders of the machine of which the root shows nothing."""
     read_only: bool = False
     log: str = ""
     drop: list[int] = field(default_factory=list)

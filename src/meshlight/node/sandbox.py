@@ -28,20 +28,25 @@ from _json import encode_basestring_ascii as quote
 from collections.abc import Callable
 from typing import Any
 
+from container_root import (  # type: ignore[import-not-found]
+    CLONE_NEWNS,
+    MS_NODEV,
+    MS_NOEXEC,
+    MS_NOSUID,
+    checked,
+    enter_root,
+    mount,
+    unmount,
+)
+
 Record = dict[str, Any]
 
-CLONE_NEWNS = 0x00020000
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
-MS_BIND, MS_REC, MS_PRIVATE, MS_RELATIME = 4096, 16384, 1 << 18, 1 << 21
-MNT_DETACH = 2
 PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 4, 24, 38
 TIOCSCTTY, TIOCSPTLCK, TIOCGPTPEER = 0x540E, 0x40045431, 0x5441
 CHUNK = 65536
 LINE_LIMIT = 16384
 """Bytes of a log line after which it is written as a partial one, as CRI runtimes do."""
 ROTATE_BYTES = 10 * 1024 * 1024
-HOST = "/.meshlight-host"
-"""Where the machine's root hangs in a container's root while its mounts are made."""
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -50,98 +55,6 @@ def log(message: str, error: object) -> None:
     """One JSON object a line on stderr."""
     line = f'{{"ts":{time.time():.6f},"level":"warning","msg":{quote(message)},"error":{quote(str(error))}}}\n'
     os.write(2, line.encode())
-
-
-def _checked(result: int, what: str) -> None:
-    if result:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")
-
-
-def mount(source: str, target: str, kind: str = "", flags: int = 0, options: str = "") -> None:
-    """mount(2). Raises OSError naming the target."""
-    result = libc.mount(
-        source.encode() or None,
-        target.encode(),
-        kind.encode() or None,
-        ctypes.c_ulong(flags),
-        options.encode() or None,
-    )
-    _checked(result, f"mount {source or kind} on {target}")
-
-
-def unmount(target: str) -> None:
-    """umount2(2), lazily."""
-    _checked(libc.umount2(target.encode(), MNT_DETACH), f"unmount {target}")
-
-
-def make_read_only(target: str) -> None:
-    """Remount a bind mount read-only; keeps the flags that a user namespace may not clear."""
-    flags = os.statvfs(target).f_flag & (MS_NOSUID | MS_NODEV | MS_NOEXEC | 1024 | 2048)
-    mount("", target, "", MS_REMOUNT | MS_BIND | MS_RDONLY | MS_RELATIME | flags)
-
-
-def make_target(target: str, like: str) -> None:
-    """Create the mount point: a folder, or an empty file when the source is not a folder."""
-    if os.path.isdir(like):
-        os.makedirs(target, exist_ok=True)
-        return
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    if not os.path.lexists(target):
-        os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o644))
-
-
-def make_mount(step: tuple[str, str, str, str]) -> None:
-    """One step of a mount plan: (kind, source, target, options); sources are paths of the machine."""
-    kind, source, target, options = step
-    if kind == "bind":
-        make_target(target, HOST + source)
-        try:
-            mount(HOST + source, target, "", MS_BIND)
-        except OSError:  # in a user namespace what hides other mounts is only bound together with them
-            mount(HOST + source, target, "", MS_BIND | MS_REC)
-        if options == "ro":
-            make_read_only(target)
-    elif kind == "symlink":
-        os.symlink(source, target)
-    elif kind == "file":
-        if os.path.islink(target):
-            os.unlink(target)
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        with open(target, "w") as file:
-            file.write(source)
-    else:
-        os.makedirs(target, exist_ok=True)
-        if kind == "sysfs":
-            try:
-                mount(kind, target, kind, MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_RDONLY)
-            except PermissionError:  # a network namespace of another user namespace: the machine's will do
-                mount(HOST + "/sys", target, "", MS_BIND | MS_REC)
-            return
-        flags = MS_NOSUID if kind == "devpts" or target == "/dev" else MS_NOSUID | MS_NODEV
-        mount(kind, target, kind, flags, options)
-
-
-def enter_root(spec: Record) -> None:
-    """Give this process a root of its own: an overlay of the machine's, with the plan's mounts."""
-    _checked(libc.unshare(CLONE_NEWNS), "unshare")
-    mount("", "/", "", MS_REC | MS_PRIVATE)
-    root = spec["root"]
-    for folder in ("upper", "work", "merged"):
-        os.makedirs(f"{root}/{folder}", exist_ok=True)
-    options = f"lowerdir=/,upperdir={root}/upper,workdir={root}/work{spec['overlay_options']}"
-    merged = root + "/merged"
-    mount("overlay", merged, "overlay", MS_NODEV, options)
-    os.makedirs(merged + HOST, exist_ok=True)
-    os.chdir(merged)
-    _checked(libc.pivot_root(b".", (merged + HOST).encode()), "pivot_root")
-    os.chdir("/")
-    for step in spec["mounts"]:
-        make_mount(step)
-    unmount(HOST)
-    os.rmdir(HOST)
-    if spec["read_only"]:
-        make_read_only("/")
 
 
 def drop_privileges(spec: Record) -> None:
@@ -579,7 +492,7 @@ class Sandbox:
         namespace = os.open(f"{container.pid}/ns/mnt", os.O_RDONLY, dir_fd=self.proc)
 
         def enter() -> None:
-            _checked(libc.setns(namespace, CLONE_NEWNS), "setns")
+            checked(libc.setns(namespace, CLONE_NEWNS), "setns")
 
         def done(pid: int, result: Record) -> None:
             os.close(namespace)

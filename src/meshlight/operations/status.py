@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from meshlight.embedded import outlet
 from meshlight.embedded.layout import Layout, Record
 from meshlight.kube.client import Client
 from meshlight.kube.resources import DAEMON_SETS, DEPLOYMENTS, NAMESPACES, NODES, PODS, Object
@@ -145,5 +146,6 @@ async def status(layout: Layout) -> dict[str, Any]:
         "cluster": layout.name,
         "running": True,
         "api": f"https://127.0.0.1:{record.api_port}",
+        "listeners": outlet.listeners(layout),
         **summarize(Objects(*(found.items for found in lists))),
     }

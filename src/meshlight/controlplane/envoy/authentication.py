@@ -8,15 +8,14 @@ token must say is AuthorizationPolicy's to ask. Verified claims are left in dyna
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from envoy.config.core.v3 import base_pb2
-from envoy.config.route.v3 import route_components_pb2 as route
 from envoy.extensions.filters.http.jwt_authn.v3 import config_pb2 as jwt
 from envoy.extensions.filters.network.http_connection_manager.v3 import http_connection_manager_pb2 as hcm
-from google.protobuf import empty_pb2
+from google.protobuf import any_pb2, empty_pb2
 
 from meshlight.controlplane.envoy import wire
 from meshlight.controlplane.envoy.authorization_matches import JWT_FILTER, JWT_PAYLOAD
@@ -48,28 +47,36 @@ def compile_authentication(obj: Object) -> Authentication:
     return Authentication(ObjectKey.of(obj), tuple((obj.get("spec") or {}).get("jwtRules") or []))
 
 
-def http_filters(
-    authentications: Sequence[Authentication], keys: KeySets, unusable: str
+def http_filter(
+    groups: Mapping[str, Sequence[Authentication]], keys: KeySets, unusable: str
 ) -> list[hcm.HttpFilter]:
-    """The JWT filter for all RequestAuthentications of one target; none when they have no rules.
+    """The JWT filter of a proxy; none when nobody asks for it. `groups` are the RequestAuthentications of
+    each target that has any, by a name which its routes then refer to (`route_rules`).
 
     `unusable` is a key set whose private keys nobody has: it stands where keys could not be fetched, so
     that tokens of that issuer are refused rather than believed.
     """
-    rules = [rule for authentication in authentications for rule in authentication.rules]
-    if not rules:
+    message = jwt.JwtAuthentication(bypass_cors_preflight=True)
+    for group, authentications in groups.items():
+        required: list[Any] = []
+        for authentication in authentications:
+            for index, rule in enumerate(authentication.rules):
+                name = f"{authentication.key.namespace}/{authentication.key.name}/{index}"
+                if name not in message.providers:
+                    message.providers[name].CopyFrom(_provider(rule, keys, unusable))
+                required.append(jwt.JwtRequirement(provider_name=name))
+        if required:
+            message.requirement_map[group].CopyFrom(_requirement(required))
+    if not message.requirement_map:
         return []
-    message = jwt.JwtAuthentication()
-    required: list[Any] = []
-    for index, rule in enumerate(rules):
-        name = f"origins-{index}"
-        message.providers[name].CopyFrom(_provider(rule, keys, unusable))
-        required.append(jwt.JwtRequirement(provider_name=name))
-    message.rules.append(
-        jwt.RequirementRule(match=route.RouteMatch(prefix="/"), requires=_requirement(required))
-    )
-    message.bypass_cors_preflight = True
     return [hcm.HttpFilter(name=JWT_FILTER, typed_config=wire.packed(message))]
+
+
+def route_rules(group: str, authentications: Sequence[Authentication]) -> dict[str, any_pb2.Any]:
+    """`typed_per_filter_config` of the routes of a target whose RequestAuthentications are `group`."""
+    if not any(authentication.rules for authentication in authentications):
+        return {}
+    return {JWT_FILTER: wire.packed(jwt.PerRouteConfig(requirement_name=group))}
 
 
 def _requirement(required: Sequence[Any]) -> Any:

@@ -23,6 +23,7 @@ from envoy.extensions.filters.http.rbac.v3 import rbac_pb2 as http_rbac
 from envoy.extensions.filters.network.http_connection_manager.v3 import http_connection_manager_pb2 as hcm
 from envoy.extensions.filters.network.rbac.v3 import rbac_pb2 as network_rbac
 from envoy.type.matcher.v3 import metadata_pb2, string_pb2, value_pb2
+from google.protobuf import any_pb2
 
 from meshlight.controlplane.envoy import authorization_matches as m
 from meshlight.controlplane.envoy import wire
@@ -260,24 +261,74 @@ class _Rule:
 
 
 def http_filters(
-    policies: Sequence[Policy], authorizers: Mapping[str, ExternalAuthorizer]
+    providers: Iterable[str], authorizers: Mapping[str, ExternalAuthorizer]
 ) -> list[hcm.HttpFilter]:
-    """The filters of HTTP requests for all policies of one target, in the order in which they decide."""
-    filters = _external(policies, authorizers)
-    for action in ("AUDIT", "DENY", "ALLOW"):
-        enforced, tried = _rules(policies, action, "http")
-        if enforced is None and tried is None:
-            continue
-        message = http_rbac.RBAC()
-        if enforced is not None:
-            message.rules.CopyFrom(enforced)
-        if tried is not None:
-            message.shadow_rules.CopyFrom(tried)
-            message.shadow_rules_stat_prefix = f"istio_dry_run_{action.lower()}_"
-        filters.append(
-            hcm.HttpFilter(name=f"{HTTP_FILTER}.{action.lower()}", typed_config=wire.packed(message))
-        )
+    """The filters of HTTP requests, in the order in which they decide; each does nothing until a route
+    gives it rules (`route_rules`). So policies change without a change of a listener: nothing is drained.
+
+    `providers` are those that any CUSTOM policy of the proxy names.
+    """
+    filters = []
+    for provider in sorted(providers):
+        filters.append(_http_filter(f"{HTTP_FILTER}.custom.{provider}", http_rbac.RBAC()))
+        if (authorizer := authorizers.get(provider)) is not None:
+            filters.append(_http_filter(f"{EXTERNAL}.{provider}", _authorizer(authorizer)))
+    for action in _ACTIONS:
+        # Dry runs are counted under the filter's prefix, whatever the route's.
+        message = http_rbac.RBAC(shadow_rules_stat_prefix=_dry_run_prefix(action))
+        filters.append(_http_filter(f"{HTTP_FILTER}.{action.lower()}", message))
     return filters
+
+
+def _dry_run_prefix(action: str) -> str:
+    return f"istio_dry_run_{action.lower()}_"
+
+
+def _http_filter(name: str, message: Any) -> hcm.HttpFilter:
+    return hcm.HttpFilter(name=name, typed_config=wire.packed(message))
+
+
+def route_rules(
+    policies: Sequence[Policy], authorizers: Mapping[str, ExternalAuthorizer]
+) -> dict[str, any_pb2.Any]:
+    """What all policies of one target ask of its requests: `typed_per_filter_config` of its routes."""
+    rules: dict[str, any_pb2.Any] = {}
+    for provider in providers_of(policies):
+        name = f"{HTTP_FILTER}.custom.{provider}"
+        rules[name] = _for_route(_custom(policies, provider, provider in authorizers))
+    for action in _ACTIONS:
+        enforced, tried = _rules(policies, action, "http")
+        if enforced is not None or tried is not None:
+            message = http_rbac.RBAC(rules=enforced, shadow_rules=tried)
+            message.shadow_rules_stat_prefix = _dry_run_prefix(action) if tried is not None else ""
+            rules[f"{HTTP_FILTER}.{action.lower()}"] = _for_route(message)
+    return rules
+
+
+def providers_of(policies: Iterable[Policy]) -> list[str]:
+    """The external authorizers that CUSTOM policies name."""
+    return sorted({policy.provider for policy in policies if policy.action == "CUSTOM" and policy.http})
+
+
+def _for_route(message: Any) -> any_pb2.Any:
+    return wire.packed(http_rbac.RBACPerRoute(rbac=message))
+
+
+def _custom(policies: Sequence[Policy], provider: str, known: bool) -> Any:
+    """Shadow rules find the requests that a provider must be asked about; its filter then asks.
+
+    A provider that is not there denies what its policies match (Istio: fail closed).
+    """
+    matched = {
+        f"istio-ext-authz-{provider}-{name}": rule
+        for policy in policies
+        if policy.action == "CUSTOM" and policy.provider == provider and not policy.dry_run
+        for name, rule in policy.http.items()
+    }
+    rules = rbac_pb2.RBAC(action=rbac_pb2.RBAC.DENY, policies=matched)
+    if not known:
+        return http_rbac.RBAC(rules=rules)
+    return http_rbac.RBAC(shadow_rules=rules, shadow_rules_stat_prefix=f"istio_ext_authz_{provider}_")
 
 
 def network_filters(policies: Sequence[Policy], stat_prefix: str = "tcp.") -> list[Any]:
@@ -292,7 +343,7 @@ def network_filters(policies: Sequence[Policy], stat_prefix: str = "tcp.") -> li
             message.rules.CopyFrom(enforced)
         if tried is not None:
             message.shadow_rules.CopyFrom(tried)
-            message.shadow_rules_stat_prefix = f"istio_dry_run_{action.lower()}_"
+            message.shadow_rules_stat_prefix = _dry_run_prefix(action)
         filters.append(listener_components_pb2.Filter(name=NETWORK_FILTER, typed_config=wire.packed(message)))
     return filters
 
@@ -311,37 +362,6 @@ def _rules(policies: Sequence[Policy], action: str, protocol: str) -> tuple[Any,
         wanted = bool(merged) or (bool(chosen) and action == "ALLOW")
         found.append(rbac_pb2.RBAC(action=envoy_action, policies=merged) if wanted else None)
     return found[0], found[1]
-
-
-def _external(policies: Sequence[Policy], authorizers: Mapping[str, ExternalAuthorizer]) -> list[Any]:
-    """CUSTOM: shadow rules find the requests that a provider must be asked about, then it is asked.
-
-    A provider that is not there denies what its policies match (Istio: fail closed).
-    """
-    filters: list[Any] = []
-    custom = [policy for policy in policies if policy.action == "CUSTOM" and policy.http]
-    for provider in sorted({policy.provider for policy in custom}):
-        rules = {
-            f"istio-ext-authz-{provider}-{name}": rule
-            for policy in custom
-            if policy.provider == provider
-            for name, rule in policy.http.items()
-        }
-        message = http_rbac.RBAC()
-        authorizer = authorizers.get(provider)
-        if authorizer is None:
-            message.rules.CopyFrom(rbac_pb2.RBAC(action=rbac_pb2.RBAC.DENY, policies=rules))
-            filters.append(hcm.HttpFilter(name=f"{HTTP_FILTER}.custom", typed_config=wire.packed(message)))
-            continue
-        message.shadow_rules.CopyFrom(rbac_pb2.RBAC(action=rbac_pb2.RBAC.DENY, policies=rules))
-        message.shadow_rules_stat_prefix = f"istio_ext_authz_{provider}_"
-        filters.append(
-            hcm.HttpFilter(name=f"{HTTP_FILTER}.custom.{provider}", typed_config=wire.packed(message))
-        )
-        filters.append(
-            hcm.HttpFilter(name=f"{EXTERNAL}.{provider}", typed_config=wire.packed(_authorizer(authorizer)))
-        )
-    return filters
 
 
 def _authorizer(provider: ExternalAuthorizer) -> Any:

@@ -8,14 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
-from meshlight.controlplane.envoy import clusters, endpoints, http, listeners, names, routes, wire
+from meshlight.controlplane.envoy import (
+    authentication,
+    authorization,
+    clusters,
+    endpoints,
+    external_authorizers,
+    http,
+    listeners,
+    names,
+    routes,
+    wire,
+)
 from meshlight.controlplane.envoy.listeners import HTTP_CHAIN, Destination
 from meshlight.controlplane.envoy.names import ProxyKey
+from meshlight.controlplane.envoy.policies import PolicyTargets, Target
 from meshlight.controlplane.facts import SERVICE_NAME, ObjectKey, address_text
 from meshlight.controlplane.index import Index
 from meshlight.controlplane.resources import Change, Changes, Collection, Published, publish
-from meshlight.controlplane.waypoints import Waypoint
+from meshlight.controlplane.waypoints import WAYPOINT_CLASS, Waypoint
 from meshlight.kube.resources import Object
 from meshlight.proto import workload_pb2 as wds
 
@@ -46,8 +59,10 @@ class ServiceResources:
 class EnvoyIndex:
     """Waypoints and gateways, and the resources of each."""
 
-    def __init__(self, index: Index) -> None:
-        self._index = index
+    def __init__(self, index: Index, unusable_keys: str) -> None:
+        self._index, self._unusable_keys = index, unusable_keys
+        self.policies = PolicyTargets()
+        self._key_sets: dict[str, str] = {}
         self.proxies: dict[ProxyKey, Proxy] = {}
         self._compiled: dict[ObjectKey, ServiceResources] = {}
         self._touched_proxies: set[ProxyKey] = set()
@@ -60,6 +75,12 @@ class EnvoyIndex:
             "Service": lambda key, _: self._touched_services.add(key),
             "EndpointSlice": self._slice,
             "Pod": lambda key, _: self._touched_endpoints.update(self._index.services_of_pod(key)),
+            "AuthorizationPolicy": lambda key, obj: self._retarget(
+                self.policies.set_authorization(self._index.mesh, key, obj)
+            ),
+            "RequestAuthentication": lambda key, obj: self._retarget(
+                self.policies.set_authentication(self._index.mesh, key, obj)
+            ),
         }
 
     def observe(self, kind: str, key: ObjectKey, obj: Object | None) -> None:
@@ -75,6 +96,11 @@ class EnvoyIndex:
     def proxy(self, key: ProxyKey) -> Proxy:
         """The resources of a proxy; none yet for one whose Gateway is not known (yet)."""
         return self.proxies.setdefault(key, Proxy(key))
+
+    def set_key_set(self, uri: str, text: str) -> None:
+        """Take what a `jwksUri` serves now."""
+        self._key_sets[uri] = text
+        self._retarget(self.policies.needing(uri))
 
     def pending(self) -> bool:
         """Whether a commit may change something."""
@@ -103,6 +129,26 @@ class EnvoyIndex:
         if name:
             self._touched_endpoints.add(ObjectKey(key.namespace, name))
 
+    def _retarget(self, targets: Iterable[Target]) -> None:
+        """Note what policies of these targets hold for: services, or all that their waypoints serve."""
+        for target in targets:
+            if target.kind == "Service":
+                self._touched_services.add(ObjectKey(target.namespace, target.name))
+                continue
+            for key, proxy in self.proxies.items():
+                if target in self._targets_of_proxy(key):
+                    self._touched_proxies.add(key)
+                    self._touched_services |= proxy.services
+
+    def _targets_of_proxy(self, key: ProxyKey) -> tuple[Target, ...]:
+        gateway = ObjectKey(key.namespace, key.gateway)
+        return Target.gateway(gateway), Target.gateway_class(WAYPOINT_CLASS)
+
+    def _targets_of_service(self, key: ObjectKey) -> tuple[Target, ...]:
+        waypoint = self._index.waypoints.served_by(key)
+        above = self._targets_of_proxy(ProxyKey.of(waypoint.key)) if waypoint else ()
+        return Target.service(key), *above
+
     # Endpoints alone.
 
     def _refresh_endpoints(self, service: ObjectKey, changes: dict[ProxyKey, Changes]) -> None:
@@ -125,12 +171,16 @@ class EnvoyIndex:
         if waypoint is None and key not in self.proxies:
             return
         proxy = self.proxy(key)
-        for gone in proxy.services - services:
+        for gone in proxy.services:
             self._users[gone].discard(key)
-        for service in services:
+        asked = self._authorizer_services(services) - services
+        for service in services | asked:
             self._users.setdefault(service, set()).add(key)
-        proxy.services = services
+        proxy.services = services | asked
         wanted = self._waypoint(waypoint, sorted(services)) if waypoint else {}
+        for service in asked:
+            compiled = self._service(service)
+            _add(wanted, compiled.clusters, compiled.endpoints)
         change = changes.setdefault(key, _no_changes())
         for type_url, collection in proxy.collections.items():
             _bring_to(collection, wanted.get(type_url, {}), change[type_url])
@@ -156,8 +206,9 @@ class EnvoyIndex:
             compiled = self._service(service)
             _add(resources, compiled.clusters, compiled.endpoints, compiled.scopes)
             destinations += compiled.destinations
+            guards = authorization.network_filters(self.policies.policies(self._targets_of_service(service)))
             for chain, cluster in compiled.other_chains.items():
-                tcp[chain] = [listeners.tcp_proxy(chain, cluster)]
+                tcp[chain] = [*guards, listeners.tcp_proxy(chain, cluster)]
         rest = None
         if waypoint.for_workloads:
             rest = Destination("", 0, HTTP_CHAIN, other=names.ORIGINAL_DESTINATION)
@@ -167,7 +218,7 @@ class EnvoyIndex:
         manager = http.manager(
             "main",
             listeners.scoped_routes(),
-            [],
+            self._policy_filters(services),
             [],
             edge=False,
             early=listeners.destination_header(),
@@ -182,6 +233,42 @@ class EnvoyIndex:
             ],
         )
         return resources
+
+    def _policy_filters(self, services: Iterable[ObjectKey]) -> list[Any]:
+        """The filters that policies of these services need; what they ask of a request is in its routes."""
+        groups: dict[str, list[authentication.Authentication]] = {}
+        providers: set[str] = set()
+        for service in services:
+            targets = self._targets_of_service(service)
+            providers.update(authorization.providers_of(self.policies.policies(targets)))
+            if tokens := self.policies.authentications(targets):
+                groups[_group(service)] = tokens
+        return [
+            *authentication.http_filter(groups, self._key_sets.get, self._unusable_keys),
+            *authorization.http_filters(providers, external_authorizers.authorizers(self._index.mesh)),
+        ]
+
+    def _authorizer_services(self, services: Iterable[ObjectKey]) -> set[ObjectKey]:
+        """The services of the external authorizers that policies of these services name."""
+        known = external_authorizers.authorizers(self._index.mesh)
+        found = set()
+        for service in services:
+            policies = self.policies.policies(self._targets_of_service(service))
+            for provider in authorization.providers_of(policies):
+                if provider in known:
+                    key = external_authorizers.service_of(self._index.mesh, known[provider])
+                    if key is not None and self._index.service(key) is not None:
+                        found.add(key)
+        return found
+
+    def _route_rules(self, service: ObjectKey) -> dict[str, Any]:
+        """What policies ask of a service's requests."""
+        targets = self._targets_of_service(service)
+        known = external_authorizers.authorizers(self._index.mesh)
+        return {
+            **authentication.route_rules(_group(service), self.policies.authentications(targets)),
+            **authorization.route_rules(self.policies.policies(targets), known),
+        }
 
     # A service, whoever asks.
 
@@ -210,7 +297,7 @@ class EnvoyIndex:
             result.destinations += [Destination(a, port.port, chain, other) for a in addresses]
             if chain == HTTP_CHAIN:
                 host = routes.host(hostname, ["*"], [routes.default(cluster)])
-                configuration = routes.configuration(cluster, [host])
+                configuration = routes.configuration(cluster, [host], self._route_rules(key))
                 scopes = routes.scope([(a, port.port) for a in addresses], configuration)
                 result.scopes += [_published(wire.SCOPED_ROUTE_TYPE, scope) for scope in scopes]
         return result
@@ -229,6 +316,11 @@ class EnvoyIndex:
                 publish(wire.ENDPOINT_TYPE, name, endpoints.assignment(self._index.mesh, name, chosen))
             )
         return result
+
+
+def _group(service: ObjectKey) -> str:
+    """The name of a service's RequestAuthentications."""
+    return f"{service.namespace}/{service.name}"
 
 
 def _published(type_url: str, message: object) -> Published:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from envoy.config.route.v3 import route_components_pb2 as parts
@@ -23,12 +23,13 @@ def scope(destinations: Iterable[tuple[str, int]], configuration: Any) -> Iterab
         )
 
 
-def configuration(name: str, hosts: Iterable[Any]) -> Any:
-    """A RouteConfiguration; the proxy's own header never leaves it."""
+def configuration(name: str, hosts: Iterable[Any], rules: Mapping[str, Any] | None = None) -> Any:
+    """A RouteConfiguration; the proxy's own header never leaves it. `rules` are the filters' for it."""
     return route_pb2.RouteConfiguration(
         name=name,
         virtual_hosts=hosts,
         request_headers_to_remove=[names.DESTINATION_HEADER],
+        typed_per_filter_config=rules or {},
         validate_clusters=wire.true(False),
         max_direct_response_body_size_bytes=wire.uint32(1 << 20),
     )
