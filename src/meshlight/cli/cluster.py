@@ -1,4 +1,4 @@
-"""`meshlight up`, `down` and `kubeconfig`."""
+"""`meshlight up`, `down`, `list` and `kubeconfig`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,37 @@ import os
 import time
 
 import click
+import orjson
 from rich.console import Console
 
 from meshlight.cli.listeners import listener_table
+from meshlight.cli.tables import rows
 from meshlight.embedded import launch, outlet
-from meshlight.embedded.layout import Layout
+from meshlight.embedded.layout import Layout, clusters
 from meshlight.operations import boot
+from meshlight.operations.clusters import described
+
+
+def _clusters(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+    return [name for name in clusters() if name.startswith(incomplete)]
+
 
 name_option = click.option(
-    "--name", default="cluster-101", show_default=True, metavar="CLUSTER", help="the cluster's name"
+    "--name",
+    default="cluster-101",
+    show_default=True,
+    metavar="CLUSTER",
+    help="the cluster's name",
+    shell_complete=_clusters,
 )
+output_option = click.option(
+    "-o", "--output", type=click.Choice(["text", "json"]), default="text", help="for people, or for programs"
+)
+
+
+def print_json(found: object) -> None:
+    """What a verb found, for programs."""
+    click.echo(orjson.dumps(found, option=orjson.OPT_INDENT_2).decode())
 
 
 @click.command()
@@ -35,11 +56,24 @@ name_option = click.option(
 @click.option("--timeout", default=120.0, show_default=True, help="seconds until giving up")
 @click.option("--foreground", is_flag=True, help="stay; the cluster ends with this command, however it ends")
 @click.option("--lifeline", type=int, metavar="FD", help="end the cluster when this inherited pipe is closed")
+@output_option
 def up(
-    name: str, nodes: int | None, api_port: int | None, timeout: float, foreground: bool, lifeline: int | None
+    name: str,
+    nodes: int | None,
+    api_port: int | None,
+    timeout: float,
+    foreground: bool,
+    lifeline: int | None,
+    output: str,
 ) -> None:
-    """Boot the embedded cluster; says what came up."""
-    console = Console(highlight=False)
+    """Boot the embedded cluster; says what came up.
+
+    \b
+    meshlight up                      cluster-101, six nodes
+    meshlight up --nodes 2            a smaller one; later `up`s keep the number
+    meshlight up --name other         a second one beside it, with objects of its own
+    """
+    console = Console(highlight=False, stderr=output == "json")
     layout = Layout(name)
     begun = time.monotonic()
 
@@ -51,6 +85,20 @@ def up(
     booted = asyncio.run(boot.up(layout, nodes, api_port, timeout, progress, lifeline))
     if foreground and not booted.started:
         raise click.ClickException(f"{name} is already up: `meshlight down` first, or leave out --foreground")
+    if output == "json":
+        print_json(
+            {
+                "cluster": name,
+                "started": booted.started,
+                "nodes": booted.record.nodes,
+                "api": f"https://127.0.0.1:{booted.record.api_port}",
+                "kubeconfig": str(layout.kubeconfig),
+                "seconds": round(booted.seconds, 3),
+            }
+        )
+        if foreground:
+            launch.wait(booted.record)
+        return
     word = "is up" if booted.started else "is already up"
     console.print(
         f"\n[bold]{name}[/bold] {word} ({booted.seconds:.1f} s); API on 127.0.0.1:{booted.record.api_port}"
@@ -80,12 +128,33 @@ def up(
 def down(name: str, purge: bool) -> None:
     """Stop the cluster. Nothing stays behind but its state directory."""
     layout = Layout(name)
-    if launch.stop(layout, purge=purge):
+    console = Console(stderr=True)
+    with console.status(f"stopping {name}") if console.is_terminal else contextlib.nullcontext():
+        stopped = launch.stop(layout, purge=purge)
+    if stopped:
         click.echo(
             f"{name} is down" + (", its state deleted" if purge else f"; its objects stay in {layout.state}")
         )
     else:
         click.echo(f"{name} was not running" + (", its state deleted" if purge else ""))
+
+
+@click.command("list")
+@output_option
+def list_(output: str) -> None:
+    """Show the clusters of this machine that you made, running or not."""
+    found = described()
+    if output == "json":
+        print_json(found)
+        return
+    if not found:
+        click.echo("no clusters yet: `meshlight up` makes one")
+        return
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=240)
+    header = ("CLUSTER", "STATE", "NODES", "API", "KUBECONFIG")
+    console.print(rows(header, [tuple(str(c[key.lower()]) for key in header) for c in found]))
 
 
 @click.command()

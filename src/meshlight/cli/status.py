@@ -9,10 +9,10 @@ import click
 import orjson
 import yaml
 from rich.console import Console
-from rich.table import Table
 
 from meshlight.cli.cluster import name_option
 from meshlight.cli.listeners import listener_table
+from meshlight.cli.tables import mark, rows
 from meshlight.embedded.layout import Layout
 from meshlight.operations import status as operation
 
@@ -75,18 +75,3 @@ def show(console: Console, name: str, found: dict[str, Any]) -> None:
                 ],
             )
         )
-
-
-def mark(ready: bool) -> str:
-    """Yes in green, no in red."""
-    return "[green]yes[/green]" if ready else "[red]no[/red]"
-
-
-def rows(header: tuple[str, ...], cells: list[tuple[str, ...]]) -> Table:
-    """A borderless table as kubectl would print it."""
-    table = Table(box=None, pad_edge=False)
-    for title in header:
-        table.add_column(title, no_wrap=title != "IDENTITY", overflow="fold")
-    for row in cells:
-        table.add_row(*row)
-    return table

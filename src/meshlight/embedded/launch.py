@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from meshlight.embedded import outlet, pki
-from meshlight.embedded.layout import Layout, Record, start_time
+from meshlight.embedded.layout import Layout, LayoutError, Record, start_time
 from meshlight.node import cgroups
 
 DEFAULT_API_PORT = 6443
@@ -88,30 +88,53 @@ def start(
     if lacking := missing_requirements():
         raise LaunchError("this machine lacks:\n  " + "\n  ".join(lacking))
     existed = layout.state.exists()
-    with _locked(layout):
-        before = Record.read(layout)
-        if before and before.running():
-            outlet.spawn(layout, before.supervisor_pid)  # should it have died; one alive stays the only one
-            return before, False
-        cgroups.clear(layout.state)
-        wanted = api_port or (before.api_port if before else None)
+    try:
+        with _locked(layout):
+            before = Record.read(layout)
+            if before and before.running():
+                _unchanged(before, nodes, api_port)
+                outlet.spawn(layout, before.supervisor_pid)  # should it have died; one alive stays the only one
+                return before, False
+            cgroups.clear(layout.state)
+            return _launch(layout, before, nodes, api_port, lifeline), True
+    except BaseException as error:
+        if not existed:
+            shutil.rmtree(layout.state, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise LaunchError(f"the state directory {layout.state} cannot be used: {error}") from None
+        raise
+
+
+def _unchanged(running: Record, nodes: int | None, api_port: int | None) -> None:
+    """Refuse to change what is fixed while a cluster runs."""
+    name = running.name
+    again = f"`meshlight down --name {name}`, then `up` again; objects are kept"
+    if nodes not in (None, running.nodes):
+        raise LaunchError(f"{name} is up with {running.nodes} nodes, not {nodes}: to change that, {again}")
+    if api_port not in (None, running.api_port):
+        raise LaunchError(f"{name} is up on port {running.api_port}, not {api_port}: to change that, {again}")
+
+
+def _launch(
+    layout: Layout, before: Record | None, nodes: int | None, api_port: int | None, lifeline: int | None
+) -> Record:
+    with _listen(api_port or (before.api_port if before else None)) as listener:
+        port = listener.getsockname()[1]
+        count = nodes or (before.nodes if before else 6)
+        record = Record(layout.name, count, port, boot_id=str(uuid.uuid4()))
         try:
-            listener = _listen(wanted)
-        except LaunchError:
-            if not existed:
-                shutil.rmtree(layout.state, ignore_errors=True)
-            raise
-        with listener:
-            port = listener.getsockname()[1]
-            count = nodes or (before.nodes if before else 6)
-            record = Record(layout.name, count, port, boot_id=str(uuid.uuid4()))
             pki.ensure(layout.state, layout.name, layout.node_names(record.nodes), port)
-            layout.logs.mkdir(exist_ok=True, mode=0o700)
-            record.supervisor_pid = _spawn(layout, listener.fileno(), record, lifeline)
-            record.supervisor_started = start_time(record.supervisor_pid)
-            record.write(layout)
-            outlet.spawn(layout, record.supervisor_pid)
-    return record, True
+        except (ValueError, TypeError) as error:
+            raise LaunchError(
+                f"a key or certificate in {layout.state / 'pki'} cannot be read ({error}): delete the file, "
+                f"it is made anew, or `meshlight down --purge --name {layout.name}` and start over"
+            ) from None
+        layout.logs.mkdir(exist_ok=True, mode=0o700)
+        record.supervisor_pid = _spawn(layout, listener.fileno(), record, lifeline)
+        record.supervisor_started = start_time(record.supervisor_pid)
+        record.write(layout)
+        outlet.spawn(layout, record.supervisor_pid)
+    return record
 
 
 def _listen(port: int | None) -> socket.socket:
@@ -176,7 +199,7 @@ def wait(record: Record) -> None:
 
 
 def tail(path: Path, lines: int = 5) -> str:
-    """The last lines of a log, for an error message."""
+    """The last lines of a log, for an error message. Raises OSError."""
     return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
 
 
@@ -189,7 +212,12 @@ def stop(layout: Layout, *, purge: bool, timeout: float = 20) -> bool:
     if not layout.state.exists():
         return False
     with _locked(layout):
-        record = Record.read(layout)
+        try:
+            record = Record.read(layout)
+        except LayoutError:
+            if not purge:
+                raise
+            record = None  # whatever ran by it ends with its files
         was_running = record is not None and record.running()
         if record and was_running:
             os.kill(record.supervisor_pid, signal.SIGTERM)

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?")
+
+
+class LayoutError(Exception):
+    """A cluster's name or record cannot be used; the message says why and what to do."""
 
 
 def home() -> Path:
@@ -13,11 +20,25 @@ def home() -> Path:
     return Path(os.environ.get("MESHLIGHT_HOME") or Path.home() / ".meshlight")
 
 
+def clusters() -> list[str]:
+    """Names of the clusters that have a state directory, sorted."""
+    folder = home() / "clusters"
+    found = [entry.name for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
+    return sorted(name for name in found if _NAME.fullmatch(name))
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Paths of one cluster, by its name."""
 
     name: str
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise LayoutError(
+                f"{self.name!r} cannot be a cluster's name: its nodes are named after it, so it is lower-case "
+                "letters, digits and '-', at most 40, beginning and ending with a letter or digit"
+            )
 
     @property
     def state(self) -> Path:
@@ -60,11 +81,19 @@ class Record:
 
     @classmethod
     def read(cls, layout: Layout) -> Record | None:
-        """The cluster's record, or None if it was never made."""
+        """The cluster's record, or None if it was never made. Raises LayoutError for what is no record."""
         try:
-            return cls(**json.loads(layout.record_path.read_text()))
+            found = json.loads(layout.record_path.read_text())
+            known = {field.name for field in fields(cls)}
+            return cls(**{key: value for key, value in found.items() if key in known})
         except FileNotFoundError:
             return None
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            anew = json.dumps({"name": layout.name, "nodes": 6, "api_port": 6443})
+            raise LayoutError(
+                f"{layout.record_path} cannot be read ({error}): write it anew as {anew} to keep the cluster's "
+                f"objects, or start over with `meshlight down --purge --name {layout.name}`"
+            ) from None
 
     def write(self, layout: Layout) -> None:
         """Keep it, atomically."""

@@ -27,6 +27,8 @@ API_PORT = 6443
 RUN = Path("/run/meshlight")
 STOP_GRACE = 8.0
 """Seconds that parts have to stop in order before they are killed."""
+API_REFUSALS = 3
+"""Refusals to start after which the API server, and with it the cluster, is given up."""
 REAP_GRACE = 3.0
 """Seconds in which killed processes and their cgroups are gone."""
 
@@ -47,6 +49,8 @@ class Part:
     pid: int = 0
     started: float = 0.0
     failures: int = 0
+    refusals: int = 0
+    """Ends in a row by its own decision (not a signal) soon after a start."""
 
     def restart_delay(self, now: float) -> float:
         """Seconds until the next start: at once after a long life, doubling to 10 s otherwise."""
@@ -80,6 +84,7 @@ class Supervisor:
     def __init__(self, layout: Layout, listen_fd: int, nodes: list[str], lifeline: int = -1) -> None:
         self.layout, self.lifeline = layout, lifeline
         self.stopping = asyncio.Event()
+        self.hopeless = False
         self.ended = asyncio.Event()
         state = layout.state
         credentials = str(state / "pki" / "controllers.kubeconfig")
@@ -167,7 +172,15 @@ class Supervisor:
             log("part ended", part=part.name, exit_code=code)
             if self.stopping.is_set() or (part.name in self.once and code == 0):
                 continue
+            refused = code > 0 and time.monotonic() - part.started < 10
+            part.refusals = part.refusals + 1 if refused else 0
             delay = part.restart_delay(time.monotonic())
+            if part is self.api and part.refusals >= API_REFUSALS:
+                # Without the API nothing else can be, and what keeps it from starting will not go by itself.
+                log("the API server does not start", exit_code=code)
+                self.hopeless = True
+                self.stopping.set()
+                return
             asyncio.get_running_loop().call_later(delay, self._start, part)
 
     async def _stop(self) -> None:
@@ -213,6 +226,7 @@ def main() -> None:
     names = layout.node_names(arguments.nodes)
     supervisor = Supervisor(layout, arguments.listen_fd, names, arguments.lifeline)
     asyncio.run(supervisor.run())
+    sys.exit(supervisor.hopeless)
 
 
 if __name__ == "__main__":

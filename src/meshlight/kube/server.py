@@ -13,6 +13,7 @@ import json
 import logging
 import signal
 import socket
+import sqlite3
 import ssl
 import sys
 import time
@@ -471,7 +472,16 @@ def tls(pki: Path) -> ssl.SSLContext:
 
 async def serve(state: Path, listen_fd: int, fabric: str | None) -> None:
     """Open the store and serve until SIGTERM."""
-    store = Store(state / "store.db")
+    path = state / "store.db"
+    try:
+        store = Store(path)
+    except sqlite3.Error as error:
+        print(
+            f"the store {path} cannot be opened ({error}): put a copy of it back, or start over with "
+            "`meshlight down --purge`, which deletes the cluster's objects",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     rest = Rest(store, Catalog())
     host, _, port = (fabric or "127.0.0.1:6443").rpartition(":")
     bootstrap(rest, host, int(port))

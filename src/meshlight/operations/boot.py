@@ -84,9 +84,13 @@ async def up(
 
 
 def _alive(layout: Layout, record: Record) -> None:
-    if not record.running():
-        log = layout.logs / "supervisor.log"
-        raise BootError(f"the supervisor ended; the last lines of {log}:\n{launch.tail(log)}")
+    if record.running():
+        return
+    for name in ("apiserver", "supervisor"):
+        log = layout.logs / f"{name}.log"
+        if log.exists() and (last := launch.tail(log, 1)):
+            raise BootError(f"the cluster ended by itself; the last line of {log}:\n{last}")
+    raise BootError(f"the cluster ended by itself; its logs are in {layout.logs}")
 
 
 async def _serving(layout: Layout, record: Record, client: Client) -> None:
