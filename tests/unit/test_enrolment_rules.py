@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from meshlight.node.enrolment import wanted
+from meshlight.node.enrolment import asked, obstacle, wanted
 from meshlight.node.redirection import flushed, rules
 from meshlight.operations.run import RunError, Workload, objects, resolve
 from meshlight.operations.status import Objects, summarize
@@ -48,6 +48,15 @@ def pod(
 )
 def test_who_is_enrolled(item: dict[str, Any], namespace_mode: str | None, expected: bool) -> None:
     assert wanted(item, namespace_mode) is expected
+
+
+def test_who_cannot_be_captured_is_told_why() -> None:
+    assert obstacle(pod()) == ""
+    host = pod(hostNetwork=True)
+    assert "host's network" in obstacle(host)
+    assert "sidecar" in obstacle(pod(annotations={"sidecar.istio.io/status": "{}"}))
+    assert asked(host, "ambient") and not asked(host, None)
+    assert not asked(pod(labels={"istio.io/dataplane-mode": "none", "istio.io/rev": "canary"}), "ambient")
 
 
 def test_only_new_connections_are_captured_and_leaving_deletes_no_table() -> None:

@@ -94,17 +94,32 @@ def next_step(standing: Standing, *, wanted: bool, networked: bool, gone: bool, 
 def wanted(pod: Object, namespace_mode: str | None) -> bool:
     """Whether a pod belongs in the mesh: its own label wins over its namespace's, `none` opts out.
 
-    Left out are host-network pods, ztunnel itself, pods with a sidecar, and pods that have ended.
+    Left out are pods that cannot be captured, ztunnel itself, and pods that have ended.
     """
     metadata = pod["metadata"]
     labels = metadata.get("labels") or {}
-    if pod["spec"].get("hostNetwork") or SIDECAR_STATUS in (metadata.get("annotations") or {}):
+    if obstacle(pod):
         return False
     if metadata["namespace"] == "istio-system" and labels.get("app") == "ztunnel":
         return False
     if (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed"):
         return False
+    return asked(pod, namespace_mode)
+
+
+def asked(pod: Object, namespace_mode: str | None) -> bool:
+    """Whether labels ask for a pod to be in the mesh; `istio.io/rev` makes no difference, there is one."""
+    labels = pod["metadata"].get("labels") or {}
     return bool(labels.get(DATAPLANE_MODE, namespace_mode) == "ambient")
+
+
+def obstacle(pod: Object) -> str:
+    """Why a pod cannot be captured, whatever its labels ask for; empty if it can."""
+    if pod["spec"].get("hostNetwork"):
+        return "it is on the host's network, which it shares with other programs"
+    if SIDECAR_STATUS in (pod["metadata"].get("annotations") or {}):
+        return f"it has a sidecar (annotation {SIDECAR_STATUS})"
+    return ""
 
 
 def _mode_of(namespace: Object) -> str | None:
@@ -128,7 +143,7 @@ class _Pod:
         self.prepared = False
         self.network = 0
         self.refusal = ""
-        self.waiting_told = False
+        self.told: set[str] = set()
         self.changed = asyncio.Event()
         self.wake: Callable[[], None] | None = None
 
@@ -332,6 +347,7 @@ class Enrolment:
                     self._pods.pop(pod.uid, None)
                     return
                 if step is Step.REST:
+                    await self._tell_obstacle(pod)
                     await pod.changed.wait()
                 elif step is Step.AWAIT_NETWORK:
                     await self._pause(pod, delay)
@@ -359,9 +375,12 @@ class Enrolment:
             case Step.ASK:
                 standing.asked = True
                 self._zds.add(pod.enrolled())
-                if not self._zds.connected and not pod.waiting_told:
-                    pod.waiting_told = True
-                    await self._tell_waiting(pod)
+                if not self._zds.connected:
+                    consequence = (
+                        "its containers do not start" if pod.wake else "the pod's traffic is plaintext"
+                    )
+                    why = f"ztunnel is not connected on {self._node}: {consequence} until it is"
+                    await self._tell(pod, "WaitingForZtunnel", why)
             case Step.REDIRECT:
                 async with self._turns:
                     await netns.within(None, lambda: redirection.apply(path))
@@ -391,11 +410,20 @@ class Enrolment:
         await self._client.patch(PODS, metadata["name"], patch, metadata["namespace"])
         pod.standing.announced = value is not None
 
-    async def _tell_waiting(self, pod: _Pod) -> None:
-        """An Event for whoever asks why the pod is not in the mesh yet; losing it does no harm."""
+    async def _tell_obstacle(self, pod: _Pod) -> None:
+        """Say of a pod that was asked into the mesh why it is not captured."""
+        mode = self._mode(pod.object["metadata"]["namespace"])
+        why = obstacle(pod.object)
+        if why and not pod.gone and asked(pod.object, mode):
+            await self._tell(pod, "NotCaptured", f"the pod is labelled for the mesh but not captured: {why}")
+
+    async def _tell(self, pod: _Pod, reason: str, message: str) -> None:
+        """An Event, once a pod, for whoever asks why it is not in the mesh; losing it does no harm."""
+        if reason in pod.told:
+            return
+        pod.told.add(reason)
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         metadata = pod.object["metadata"]
-        consequence = "its containers do not start" if pod.wake else "the pod's traffic is plaintext"
         event = {
             "apiVersion": "v1",
             "kind": "Event",
@@ -408,8 +436,8 @@ class Enrolment:
                 "uid": pod.uid,
             },
             "type": "Warning",
-            "reason": "WaitingForZtunnel",
-            "message": f"ztunnel is not connected on {self._node}: {consequence} until it is",
+            "reason": reason,
+            "message": message,
             "count": 1,
             "firstTimestamp": now,
             "lastTimestamp": now,
