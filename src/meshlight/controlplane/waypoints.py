@@ -153,6 +153,10 @@ class WaypointIndex:
         selected = any(waypoint.selector for waypoint in self.waypoints.values())
         return self._namespaces.set(name, binding(labels or {}, name)) or selected
 
+    def namespace_labels(self, name: str) -> Mapping[str, str]:
+        """The labels of a namespace."""
+        return self._namespace_labels.get(name, {})
+
     def set_service(self, key: ObjectKey, labels: Mapping[str, str] | None) -> bool:
         """Take a Service's labels; whether its binding may differ."""
         return self._services.set(key, binding(labels or {}, key.namespace))

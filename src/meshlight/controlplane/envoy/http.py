@@ -7,10 +7,13 @@ from typing import Any
 
 from envoy.config.accesslog.v3 import accesslog_pb2
 from envoy.config.core.v3 import protocol_pb2
+from envoy.extensions.filters.http.cors.v3 import cors_pb2
+from envoy.extensions.filters.http.fault.v3 import fault_pb2
 from envoy.extensions.filters.http.router.v3 import router_pb2
+from envoy.extensions.filters.http.stateful_session.v3 import stateful_session_pb2
 from envoy.extensions.filters.network.http_connection_manager.v3 import http_connection_manager_pb2 as hcm
 
-from meshlight.controlplane.envoy import wire
+from meshlight.controlplane.envoy import route_rules, wire
 
 Manager = hcm.HttpConnectionManager
 
@@ -64,6 +67,15 @@ def manager(
     if early is not None:
         result.early_header_mutation_extensions.append(early)
     return result
+
+
+def filters() -> list[Any]:
+    """The filters of every proxy, idle unless a route configures them."""
+    return [
+        http_filter(route_rules.FAULT, fault_pb2.HTTPFault()),
+        http_filter(route_rules.CORS, cors_pb2.Cors()),
+        http_filter(route_rules.SESSION, stateful_session_pb2.StatefulSession()),
+    ]
 
 
 def http_filter(name: str, message: Any) -> Any:

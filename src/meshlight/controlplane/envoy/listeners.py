@@ -112,9 +112,14 @@ def network_filter(name: str, message: Any) -> Any:
     return parts.Filter(name=name, typed_config=wire.packed(message))
 
 
-def tcp_proxy(stat_prefix: str, cluster: str, access_logs: Iterable[Any] = ()) -> Any:
-    """Connections passed on as they are."""
-    message = tcp_proxy_pb2.TcpProxy(stat_prefix=stat_prefix, cluster=cluster, access_log=access_logs)
+def tcp_proxy(stat_prefix: str, shares: Sequence[tuple[str, int]], access_logs: Iterable[Any] = ()) -> Any:
+    """Connections passed on as they are, to clusters by weight."""
+    message = tcp_proxy_pb2.TcpProxy(stat_prefix=stat_prefix, access_log=access_logs)
+    if len(shares) == 1:
+        message.cluster = shares[0][0]
+    else:
+        for name, weight in shares:
+            message.weighted_clusters.clusters.add(name=name, weight=weight)
     message.idle_timeout.CopyFrom(wire.seconds(0))
     return network_filter("envoy.filters.network.tcp_proxy", message)
 

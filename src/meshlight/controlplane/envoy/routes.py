@@ -8,7 +8,7 @@ from typing import Any
 from envoy.config.route.v3 import route_components_pb2 as parts
 from envoy.config.route.v3 import route_pb2, scoped_route_pb2
 
-from meshlight.controlplane.envoy import names, wire
+from meshlight.controlplane.envoy import names, route_rules, wire
 
 
 def scope(destinations: Iterable[tuple[str, int]], configuration: Any) -> Iterable[Any]:
@@ -41,35 +41,14 @@ def host(name: str, domains: Iterable[str], routes: Iterable[Any]) -> Any:
 
 
 def default(cluster: str) -> Any:
-    """Everything to one cluster, with Istio's retries of what certainly was not processed."""
+    """Everything to one cluster."""
     return parts.Route(
         name="default",
         match=parts.RouteMatch(prefix="/"),
         route=parts.RouteAction(
             cluster=cluster,
             timeout=wire.seconds(0),
-            retry_policy=default_retries(),
-            max_grpc_timeout=wire.seconds(0),
+            max_stream_duration={"grpc_timeout_header_max": wire.seconds(0)},
+            retry_policy=route_rules.retry_policy(None),
         ),
     )
-
-
-def default_retries() -> Any:
-    """Istio's default: two more tries, on other endpoints, of requests that no server has processed."""
-    return parts.RetryPolicy(
-        retry_on="connect-failure,refused-stream,unavailable,cancelled",
-        num_retries=wire.uint32(2),
-        retry_host_predicate=[
-            parts.RetryPolicy.RetryHostPredicate(
-                name="envoy.retry_host_predicates.previous_hosts",
-                typed_config=wire.packed(_previous_hosts()),
-            )
-        ],
-        host_selection_retry_max_attempts=5,
-    )
-
-
-def _previous_hosts() -> Any:
-    from envoy.extensions.retry.host.previous_hosts.v3 import previous_hosts_pb2
-
-    return previous_hosts_pb2.PreviousHostsPredicate()

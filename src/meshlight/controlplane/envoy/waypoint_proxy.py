@@ -1,0 +1,127 @@
+"""What a waypoint's Envoy does: the frontends of its services, and the listener that they share. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from meshlight.controlplane.envoy import clusters, http, listeners, names, route_rules, routes, wire
+from meshlight.controlplane.envoy.backends import published
+from meshlight.controlplane.envoy.listeners import HTTP_CHAIN, Destination
+from meshlight.controlplane.envoy.policy_view import PolicyView, group_of
+from meshlight.controlplane.envoy.route_index import RouteIndex
+from meshlight.controlplane.envoy.routing import Route
+from meshlight.controlplane.facts import ObjectKey, ServicePort, address_text
+from meshlight.controlplane.index import Index
+from meshlight.controlplane.resources import Published, publish
+from meshlight.controlplane.waypoints import Waypoint
+from meshlight.proto import workload_pb2 as wds
+
+HTTP_KINDS = ("HTTPRoute", "GRPCRoute")
+
+
+@dataclass(slots=True)
+class Frontend:
+    """A service at its waypoint: routes of its addresses, and which filter chain takes each.
+
+    `tcp` holds network filters by chain; `refers_to` the services that its routes send requests to.
+    """
+
+    scopes: list[Published] = field(default_factory=list)
+    destinations: list[Destination] = field(default_factory=list)
+    tcp: dict[str, list[Any]] = field(default_factory=dict)
+    refers_to: set[ObjectKey] = field(default_factory=set)
+
+
+def compile_frontend(index: Index, known: RouteIndex, policies: PolicyView, key: ObjectKey) -> Frontend:
+    """The frontend of a service that exists."""
+    service = index.service(key)
+    assert service is not None, "only services that exist are compiled"
+    hostname = index.mesh.hostname(key.name, key.namespace)
+    addresses = [address_text(address) for address in service.addresses]
+    targets = policies.targets_of_service(key)
+    rules, guards = policies.route_rules(group_of(key), targets), policies.guards(targets)
+    result = Frontend()
+    for port in service.ports:
+        cluster = names.cluster(hostname, port.port)
+        http_routes = known.of_service(key, port.port, HTTP_KINDS)
+        chain, other = _chains(port, cluster, has_http_routes=bool(http_routes))
+        if chain != HTTP_CHAIN or other:
+            tcp_routes = known.of_service(key, port.port, ("TCPRoute",))
+            result.tcp[cluster] = [*guards, _tcp(known, cluster, tcp_routes)]
+            _refer(result, tcp_routes)
+        result.destinations += [Destination(a, port.port, chain, other) for a in addresses]
+        if chain == HTTP_CHAIN:
+            _refer(result, http_routes)
+            host = routes.host(hostname, ["*"], _http(known, http_routes, cluster))
+            configuration = routes.configuration(cluster, [host], rules)
+            scopes = routes.scope([(a, port.port) for a in addresses], configuration)
+            result.scopes += [published(wire.SCOPED_ROUTE_TYPE, scope) for scope in scopes]
+    return result
+
+
+def own(waypoint: Waypoint, frontends: Iterable[Frontend], policy_filters: Iterable[Any]) -> list[Published]:
+    """What belongs to the waypoint itself: its listener, and clusters that are no service's."""
+    destinations: list[Destination] = []
+    tcp: dict[str, list[Any]] = {}
+    for frontend in frontends:
+        destinations += frontend.destinations
+        tcp |= frontend.tcp
+    rest = None
+    if waypoint.for_workloads:
+        rest = Destination("", 0, HTTP_CHAIN, other=names.ORIGINAL_DESTINATION)
+        tcp[names.ORIGINAL_DESTINATION] = [
+            listeners.tcp_proxy(names.ORIGINAL_DESTINATION, [(names.ORIGINAL_DESTINATION, 1)])
+        ]
+    manager = http.manager(
+        "main",
+        listeners.scoped_routes(),
+        [*policy_filters, *http.filters()],
+        [],
+        edge=False,
+        early=listeners.destination_header(),
+    )
+    listener = listeners.waypoint(waypoint.tunnel_port, manager, destinations, tcp, rest=rest)
+    return [
+        publish(wire.LISTENER_TYPE, listener.name, listener),
+        published(wire.CLUSTER_TYPE, clusters.original_destination()),
+        published(wire.CLUSTER_TYPE, clusters.black_hole()),
+    ]
+
+
+def _chains(port: ServicePort, cluster: str, *, has_http_routes: bool) -> tuple[str, str | None]:
+    if port.app_protocol in (wds.TCP, wds.TLS):
+        return cluster, None
+    if port.app_protocol == wds.UNKNOWN and not has_http_routes:
+        return HTTP_CHAIN, cluster
+    return HTTP_CHAIN, None
+
+
+def _http(known: RouteIndex, attached: list[Route], cluster: str) -> list[Any]:
+    """A service's routes. One that has any answers 404 to what they do not match."""
+    if not attached:
+        return [routes.default(cluster)]
+    placed = [
+        one for route in attached for one in route_rules.compile_route(route, known.clusters_for(route.key))
+    ]
+    return route_rules.in_order(placed)
+
+
+def _tcp(known: RouteIndex, cluster: str, attached: list[Route]) -> Any:
+    """Connections to the shares of the oldest route's first rule, or to the service itself."""
+    for route in attached:
+        for rule in route.rules:
+            resolve = known.clusters_for(route.key)
+            shares = [
+                ((resolve(b.reference) if b.reference else None) or names.BLACK_HOLE, b.weight)
+                for b in rule.backends
+                if b.weight
+            ]
+            return listeners.tcp_proxy(cluster, shares or [(names.BLACK_HOLE, 1)])
+    return listeners.tcp_proxy(cluster, [(cluster, 1)])
+
+
+def _refer(frontend: Frontend, attached: list[Route]) -> None:
+    for route in attached:
+        frontend.refers_to.update(r.key for r in route.references() if r.kind == "Service")
