@@ -141,7 +141,6 @@ def _destinations(action: Any, known: list[tuple[Backend, str]]) -> None:
 def _forward(result: Any, rule: Rule, match: RequestMatch) -> None:
     action = result.route
     action.timeout.CopyFrom(wire.seconds(rule.timeout))
-    action.max_stream_duration.grpc_timeout_header_max.CopyFrom(wire.seconds(0))
     action.retry_policy.CopyFrom(retry_policy(rule.retries))
     if rule.rewrite_host:
         action.host_rewrite_literal = rule.rewrite_host

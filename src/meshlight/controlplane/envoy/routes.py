@@ -48,7 +48,6 @@ def default(cluster: str) -> Any:
         route=parts.RouteAction(
             cluster=cluster,
             timeout=wire.seconds(0),
-            max_stream_duration={"grpc_timeout_header_max": wire.seconds(0)},
             retry_policy=route_rules.retry_policy(None),
         ),
     )
