@@ -41,8 +41,9 @@ check: setup ## formatters, linters, type checkers
 	$(BIN)/mypy
 	cd ztunnel && cargo fmt --check && cargo clippy --release -q -- -D warnings
 
-bench: setup ## boot, memory and the L4 path, as ratios against the direct path
+bench: setup ## boot, memory, the L4 path as ratios against the direct path, and the API server
 	$(BIN)/python bench/l4.py
+	$(BIN)/python bench/api.py
 
 docs: ## where the documentation is
 	@ls README.md CONTRIBUTING.md docs/*.md docs/adr/*.md

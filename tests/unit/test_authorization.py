@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from meshlight.kube.authentication import User
-from meshlight.kube.authorization import Attributes, Authorizer, node_may_touch
+from meshlight.kube.authentication import Attributes, User
+from meshlight.kube.authorization import Authorizer, node_may_touch
 from meshlight.kube.status import StatusError
 
 STORED: dict[str, list[dict[str, Any]]] = {

@@ -107,7 +107,7 @@ READY = {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]
 def test_an_eviction_takes_what_the_budget_allows(rest: Rest) -> None:
     create(rest, "v1", "pods", pod(**READY))
     budget(rest, 1)
-    pod_subresources.evict(rest, target(rest, "v1", "pods", "p", "eviction"), {})
+    pod_subresources.evict(rest, target(rest, "v1", "pods", "p", "eviction"), {}, OPTIONS)
     with pytest.raises(StatusError) as gone:
         rest.get(target(rest, "v1", "pods", "p"))
     assert gone.value.code == 404
@@ -119,7 +119,7 @@ def test_an_eviction_that_the_budget_forbids_changes_nothing(rest: Rest) -> None
     create(rest, "v1", "pods", pod(**READY))
     budget(rest, 0)
     with pytest.raises(StatusError) as refused:
-        pod_subresources.evict(rest, target(rest, "v1", "pods", "p", "eviction"), {})
+        pod_subresources.evict(rest, target(rest, "v1", "pods", "p", "eviction"), {}, OPTIONS)
     assert (refused.value.code, refused.value.reason) == (429, "TooManyRequests")
     cause = refused.value.details["causes"][0]
     assert cause["message"] == "The disruption budget b needs 1 healthy pods and has 1 currently"

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meshlight.kube.builtin_kinds import BUILTIN
 from meshlight.kube.patch import PatchError, json_patch, merge, patched, strategic_merge
 from meshlight.kube.schema import ANY
 from meshlight.kube.schema_language import builtin
@@ -150,10 +151,14 @@ def test_label_selectors(selector: str, matches: bool) -> None:
 
 def test_field_selectors() -> None:
     pod = {"metadata": {"name": "x"}, "status": {"phase": "Running"}}
-    assert fields("metadata.name=x,status.phase!=Pending")(pod)
-    assert not fields("spec.nodeName=n")(pod)
+    pods = next(t for t in BUILTIN if t.resource.plural == "pods")
+    assert fields("metadata.name=x,status.phase!=Pending", pods)(pod)
+    assert not fields("spec.nodeName=n", pods)(pod)
+    assert fields("spec.hostNetwork=false", pods)(pod)
     with pytest.raises(ValueError, match="invalid selector"):
-        fields("metadata.name")
+        fields("metadata.name", pods)
+    with pytest.raises(ValueError, match=r"field label not supported: spec\.tolerations"):
+        fields("spec.tolerations=x", pods)
 
 
 @pytest.mark.parametrize(

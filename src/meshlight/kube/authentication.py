@@ -1,10 +1,14 @@
-"""Who is asking: users from verified client certificates; `tokens` does the same for bearer tokens."""
+"""Who is asking: users from verified client certificates, and whom they act for.
+
+`tokens` does the same for bearer tokens.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import unquote
 
 from meshlight.kube.resources import Object
 from meshlight.kube.status import StatusError
@@ -44,3 +48,57 @@ def from_certificate(certificate: dict[str, Any] | None) -> User:
     if not names:
         raise unauthorized()
     return User(names[0], (*groups, "system:authenticated"))
+
+
+_ACCOUNT = "system:serviceaccount:"
+ANONYMOUS = User("system:anonymous", ("system:unauthenticated",))
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """What a request wants to do: to a resource, or to a non-resource `path`."""
+
+    verb: str
+    group: str = ""
+    resource: str = ""
+    subresource: str = ""
+    namespace: str = ""
+    name: str = ""
+    path: str = ""
+
+
+def _needed(name: str, groups: list[str], uid: str, extra: Mapping[str, list[str]]) -> Iterator[Attributes]:
+    """What a user must be allowed to do to act as another."""
+    verb, authentication = "impersonate", "authentication.k8s.io"
+    if name.startswith(_ACCOUNT):
+        namespace, _, account = name.removeprefix(_ACCOUNT).partition(":")
+        yield Attributes(verb, "", "serviceaccounts", namespace=namespace, name=account)
+    else:
+        yield Attributes(verb, "", "users", name=name)
+    for group in groups:
+        yield Attributes(verb, "", "groups", name=group)
+    if uid:
+        yield Attributes(verb, authentication, "uids", name=uid)
+    for key, values in extra.items():
+        for value in values:
+            yield Attributes(verb, authentication, "userextras", subresource=key, name=value)
+
+
+def impersonated(headers: Any, check: Callable[[Attributes], None]) -> User:
+    """The user that a request acts for. Raises StatusError 400, and what `check` raises for missing rights."""
+    name, groups = headers.get("Impersonate-User", ""), headers.getall("Impersonate-Group", [])
+    if not name:
+        raise StatusError(400, "BadRequest", "requested groups without impersonating a user")
+    extra: dict[str, list[str]] = {}
+    for header, value in headers.items():
+        if header.lower().startswith("impersonate-extra-"):
+            extra.setdefault(unquote(header[len("impersonate-extra-") :].lower()), []).append(value)
+    uid = headers.get("Impersonate-Uid", "")
+    for asked in _needed(name, groups, uid, extra):
+        check(asked)
+    if name.startswith(_ACCOUNT) and not groups:
+        namespace = name.removeprefix(_ACCOUNT).partition(":")[0]
+        groups = ["system:serviceaccounts", f"system:serviceaccounts:{namespace}"]
+    if "system:authenticated" not in groups and name != ANONYMOUS.name:
+        groups = [*groups, "system:authenticated"]
+    return User(name, tuple(groups), uid, {k: tuple(v) for k, v in extra.items()})

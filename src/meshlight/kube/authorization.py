@@ -7,9 +7,8 @@ a list of a few dozen roles costs less than a mistake in forgetting one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
-from meshlight.kube.authentication import User
+from meshlight.kube.authentication import Attributes, User
 from meshlight.kube.resources import Object
 from meshlight.kube.status import StatusError
 
@@ -20,19 +19,6 @@ _ANY = "*"
 
 Lister = Callable[[str, str | None], Iterable[Object]]
 """(plural of the RBAC group, namespace or None for all) to the stored objects."""
-
-
-@dataclass(frozen=True, slots=True)
-class Attributes:
-    """What a request wants to do: to a resource, or to a non-resource `path`."""
-
-    verb: str
-    group: str = ""
-    resource: str = ""
-    subresource: str = ""
-    namespace: str = ""
-    name: str = ""
-    path: str = ""
 
 
 def _allows(rule: Object, asked: Attributes) -> bool:
@@ -103,22 +89,41 @@ class Authorizer:
 
     def rules(self, user: User, namespace: str) -> Iterator[Object]:
         """Every rule that applies to the user in a namespace (cluster-wide rules if it is empty)."""
+        return (rule for _, rule in self._granted(user, namespace))
+
+    def _granted(self, user: User, namespace: str) -> Iterator[tuple[str, Object]]:
+        """Every such rule, with the words that say where it comes from."""
         if SUPERUSERS in user.groups:
-            yield {"verbs": [_ANY], "apiGroups": [_ANY], "resources": [_ANY], "nonResourceURLs": [_ANY]}
+            yield "", {"verbs": [_ANY], "apiGroups": [_ANY], "resources": [_ANY]}
+            yield "", {"verbs": [_ANY], "nonResourceURLs": [_ANY]}
             return
         if NODES in user.groups:
-            yield from NODE_RULES
+            yield from (("a rule of nodes", rule) for rule in NODE_RULES)
         if "system:authenticated" in user.groups:
-            yield from EVERYONE
+            yield from (("a rule of every user", rule) for rule in EVERYONE)
         for binding in self._list("clusterrolebindings", None):
-            if any(_is_subject(s, user, "") for s in binding.get("subjects") or []):
-                yield from self._role(binding["roleRef"], "")
+            yield from self._bound(binding, user, "")
         if namespace:
             for binding in self._list("rolebindings", namespace):
-                if any(_is_subject(s, user, namespace) for s in binding.get("subjects") or []):
-                    yield from self._role(binding["roleRef"], namespace)
+                yield from self._bound(binding, user, namespace)
 
-    def _role(self, reference: Object, namespace: str) -> list[Object]:
+    def _bound(self, binding: Object, user: User, namespace: str) -> Iterator[tuple[str, Object]]:
+        for subject in binding.get("subjects") or ():
+            if _is_subject(subject, user, namespace):
+                reference, name = binding["roleRef"], (binding.get("metadata") or {}).get("name", "")
+                where = f"{name}/{namespace}" if namespace else name
+                at = f"/{subject['namespace']}" if subject.get("namespace") else ""
+                to = f"{subject['kind']} {subject['name']}{at}"
+                source = (
+                    f'{binding.get("kind")} "{where}" of {reference["kind"]} "{reference["name"]}" to {to!r}'
+                )
+                yield from (
+                    (f"RBAC: allowed by {source}", rule) for rule in self.role_rules(reference, namespace)
+                )
+                return
+
+    def role_rules(self, reference: Object, namespace: str) -> list[Object]:
+        """The rules of the role that a binding in a namespace refers to; none when it is not there."""
         if reference["kind"] == "ClusterRole":
             candidates = self._list("clusterroles", None)
         else:
@@ -130,7 +135,11 @@ class Authorizer:
 
     def allowed(self, user: User, asked: Attributes) -> bool:
         """Whether one of the user's rules allows the request."""
-        return any(_allows(rule, asked) for rule in self.rules(user, asked.namespace))
+        return self.reason(user, asked) is not None
+
+    def reason(self, user: User, asked: Attributes) -> str | None:
+        """The words for the rule that allows the request (perhaps ""), or None when none does."""
+        return next((s for s, rule in self._granted(user, asked.namespace) if _allows(rule, asked)), None)
 
     def check(self, user: User, asked: Attributes) -> None:
         """Refuse with 403, in Kubernetes' words, what no rule allows."""

@@ -40,6 +40,15 @@ class Catalog:
                 return served
         return None
 
+    def stored_version(self, served: ResourceType) -> str:
+        """The apiVersion in which objects of a type are stored."""
+        if served.storage_version:
+            return served.resource.api_version
+        for other in self._types.values():
+            if other.storage_key == served.storage_key and other.storage_version:
+                return other.resource.api_version
+        return served.resource.api_version
+
     def add_crd(self, crd: Object) -> None:
         """Serve every version that a CustomResourceDefinition declares as served."""
         self.remove_crd(crd)
@@ -74,5 +83,6 @@ def _crd_types(crd: Object) -> Iterable[ResourceType]:
             tuple(subresources),
             (version.get("schema") or {}).get("openAPIV3Schema") or _ANYTHING,
             tuple(version.get("additionalPrinterColumns") or ()),
+            tuple(f["jsonPath"].removeprefix(".") for f in version.get("selectableFields") or ()),
             bool(version.get("storage")),
         )

@@ -73,6 +73,18 @@ def _resource_v2(served: ResourceType) -> Object:
     return entry
 
 
+def paths(catalog: Catalog) -> Object:
+    """The answer of `/`: every path that leads on."""
+    found = [
+        "/.well-known/openid-configuration", "/api", "/api/v1", "/apis", "/healthz", "/livez",
+        "/openapi/v2", "/openapi/v3", "/openid/v1/jwks", "/readyz", "/version",
+    ]  # fmt: skip
+    for group, versions in _groups(catalog).items():
+        if group:
+            found += [f"/apis/{group}", *(f"/apis/{group}/{version}" for version in versions)]
+    return {"paths": sorted(found)}
+
+
 def api_versions() -> Object:
     """The legacy `/api` answer."""
     return {"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": []}

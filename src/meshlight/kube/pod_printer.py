@@ -5,6 +5,7 @@ The word comes from init containers first, then from containers, then from the p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime
 
 from meshlight.kube.columns import AGE, NONE, Column, age, at
@@ -103,10 +104,27 @@ def _gates(pod: Object, _: datetime) -> str:
     return f"{sum(held.get(g['conditionType']) == 'True' for g in gates)}/{len(gates)}"
 
 
+_last: tuple[Object, tuple[str, str, str]] = ({}, ("", "", ""))
+"""The row that is being made: three of its cells come from one look at the pod."""
+
+
+def _part(index: int) -> Callable[[Object, datetime], str]:
+    def cell(pod: Object, now: datetime) -> str:
+        global _last
+        if _last[0] is not pod:
+            _last = (pod, status(pod, now))
+        found: str = _last[1][index]
+        if index == 2:
+            _last = ({}, ("", "", ""))
+        return found
+
+    return cell
+
+
 POD = [
-    Column("Ready", lambda o, now: status(o, now)[0]),
-    Column("Status", lambda o, now: status(o, now)[1]),
-    Column("Restarts", lambda o, now: status(o, now)[2]),
+    Column("Ready", _part(0)),
+    Column("Status", _part(1)),
+    Column("Restarts", _part(2)),
     AGE,
     Column("IP", at("status", "podIP"), wide=True),
     Column("Node", at("spec", "nodeName"), wide=True),

@@ -33,7 +33,7 @@ def bind(rest: Rest, target: Target, binding: Any, options: WriteOptions) -> Non
         rest.store.write(target.key, pod, int(pod["metadata"]["resourceVersion"]))
 
 
-def evict(rest: Rest, target: Target, eviction: Any) -> None:
+def evict(rest: Rest, target: Target, eviction: Any, options: WriteOptions) -> None:
     """POST `pods/NAME/eviction`: delete the Pod unless a disruption budget forbids it now.
 
     Raises StatusError 404, and 429 while the budget allows no disruption.
@@ -45,7 +45,7 @@ def evict(rest: Rest, target: Target, eviction: Any) -> None:
     counted = status.get("phase") not in (*_GONE, "Pending") and "deletionTimestamp" not in pod["metadata"]
     if counted:
         _take(rest, pod, dry_run=asked.dry_run)
-    rest.delete(Target(target.served, target.namespace, target.name), asked)
+    rest.delete(Target(target.served, target.namespace, target.name), asked, options)
 
 
 def _take(rest: Rest, pod: Object, *, dry_run: bool) -> None:
@@ -53,7 +53,7 @@ def _take(rest: Rest, pod: Object, *, dry_run: bool) -> None:
     metadata = pod["metadata"]
     found = [
         budget
-        for budget in rest.store.list(_BUDGETS, metadata["namespace"])
+        for budget in rest.store.objects(_BUDGETS, metadata["namespace"])
         if match_labels((budget.get("spec") or {}).get("selector"), metadata.get("labels") or {})
     ]
     if len(found) > 1:

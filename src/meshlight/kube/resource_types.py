@@ -39,6 +39,8 @@ class ResourceType:
     subresources: tuple[Subresource, ...] = ()
     schema: dict[str, Any] | None = None
     printer_columns: tuple[dict[str, Any], ...] = ()
+    selectable_fields: tuple[str, ...] = ()
+    """Paths, without the first dot, by which field selectors may choose beside name and namespace."""
     storage_version: bool = True
     stored_as: str = ""
     """The storage key of another type whose objects these are in another version."""

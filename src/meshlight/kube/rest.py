@@ -22,9 +22,9 @@ from meshlight.kube import (
     service_addresses,
     validation,
 )
+from meshlight.kube.authentication import User
 from meshlight.kube.catalog import Catalog, ResourceType
 from meshlight.kube.resources import Object
-from meshlight.kube.selectors import Predicate, fields, labels
 from meshlight.kube.status import (
     Cause,
     StatusError,
@@ -66,6 +66,7 @@ class WriteOptions:
     field_manager: str = ""
     force: bool = False
     duplicates: tuple[str, ...] = ()
+    user: User | None = None
     warnings: list[str] = field(default_factory=list)
 
 
@@ -76,22 +77,14 @@ APPLY_PATCH = "application/apply-patch+yaml"
 PATCH_TYPES = (JSON_PATCH, MERGE_PATCH, STRATEGIC_MERGE_PATCH, APPLY_PATCH)
 
 
-def matcher(label_selector: str, field_selector: str) -> Predicate:
-    """A predicate of objects for both selectors. Raises StatusError 400."""
-    try:
-        by_label, by_field = labels(label_selector), fields(field_selector)
-    except ValueError as error:
-        raise bad_request(str(error)) from error
-    return lambda obj: by_label(obj["metadata"].get("labels") or {}) and by_field(obj)
-
-
 class Rest:
     """The verbs, over one store and catalog."""
 
     def __init__(self, store: Store, catalog: Catalog) -> None:
         self.store = store
         self.catalog = catalog
-        for crd in store.list("apiextensions.k8s.io/customresourcedefinitions"):
+        self._rbac: dict[tuple[str, str | None], tuple[int, list[Object]]] = {}
+        for crd in store.objects("apiextensions.k8s.io/customresourcedefinitions"):
             catalog.add_crd(crd)
 
     def presented(self, served: ResourceType, obj: Object) -> Object:
@@ -120,15 +113,20 @@ class Rest:
         return self.store.get(Key(f"/{plural}", namespace, name))
 
     def rbac_objects(self, plural: str, namespace: str | None) -> Iterable[Object]:
-        """Stored Roles, ClusterRoles or bindings of them."""
-        return self.store.list(f"rbac.authorization.k8s.io/{plural}", namespace)
+        """Stored Roles, ClusterRoles or bindings of them, decoded once for each change; not to be changed."""
+        resource = f"rbac.authorization.k8s.io/{plural}"
+        latest = self.store.latest(resource)
+        known = self._rbac.get((plural, namespace))
+        if known is None or known[0] != latest:
+            known = self._rbac[plural, namespace] = (latest, list(self.store.objects(resource, namespace)))
+        return known[1]
 
     def _complete_service(self, target: Target, obj: Object, old: Object | None) -> None:
         """Addresses and node ports of a Service that is about to be written. Raises StatusError 422."""
         if target.served.resource.kind == "Service":
             others = [
                 other
-                for other in self.store.list(target.served.storage_key)
+                for other in self.store.objects(target.served.storage_key)
                 if (other["metadata"]["namespace"], other["metadata"]["name"])
                 != (obj["metadata"]["namespace"], obj["metadata"]["name"])
             ]
@@ -141,18 +139,6 @@ class Rest:
             raise target.missing()
         obj = self.presented(target.served, obj)
         return scale.of(obj) if target.subresource == "scale" else obj
-
-    def list(self, target: Target, matches: Predicate, limit: int, after: str) -> tuple[list[Object], str]:
-        """Matching objects, and the continue token when there are more than `limit` (0: all)."""
-        found: list[Object] = []
-        for obj in self.store.list(target.served.storage_key, target.namespace, after):
-            if not matches(obj):
-                continue
-            if limit and len(found) == limit:
-                last = found[-1]["metadata"]
-                return found, f"{last.get('namespace', '')}/{last['name']}"
-            found.append(self.presented(target.served, obj))
-        return found, ""
 
     def create(self, target: Target, obj: Any, options: WriteOptions) -> Object:
         """Create an object. Raises StatusError 400, 404 (namespace), 409, 422."""
@@ -185,7 +171,7 @@ class Rest:
         if served.resource.kind == "CustomResourceDefinition":
             self._establish(obj)
         try:
-            return self.store.write(key, obj, None)
+            return self._write(served, key, obj, None)
         except ConflictError:
             raise already_exists(served.resource.group, served.resource.plural, key.name) from None
 
@@ -280,7 +266,9 @@ class Rest:
         applied = managed_fields.record_apply(_copy(old), config, structure, writer, force=options.force)
         return self._update(target, old, applied, options, applied=True), False
 
-    def delete(self, target: Target, options: deletion.DeleteOptions) -> tuple[Object, bool]:
+    def delete(
+        self, target: Target, options: deletion.DeleteOptions, write: WriteOptions | None = None
+    ) -> tuple[Object, bool]:
         """DELETE: at once (True), or by marking what finalizers, grace or a namespace's contents hold."""
         obj = self.store.get(target.key)
         if obj is None:
@@ -296,7 +284,8 @@ class Rest:
             return obj, True
         if orjson.dumps(obj) == before:
             return obj, False
-        return self.store.write(target.key, obj, int(obj["metadata"]["resourceVersion"])), False
+        expected = int(obj["metadata"]["resourceVersion"])
+        return self._write(target.served, target.key, obj, expected), False
 
     def finalize(self, target: Target, obj: Any, options: WriteOptions) -> Object:
         """PUT `namespaces/NAME/finalize`."""
@@ -332,9 +321,16 @@ class Rest:
         if served.resource.kind == "CustomResourceDefinition":
             self._establish(updated)
         try:
-            return self.store.write(target.key, updated, int(old["metadata"]["resourceVersion"]))
+            return self._write(served, target.key, updated, int(old["metadata"]["resourceVersion"]))
         except ConflictError:
             raise self._conflict(target) from None
+
+    def _write(self, served: ResourceType, key: Key, obj: Object, expected: int | None) -> Object:
+        """Store an object, in the version that is stored and with its type first. Raises ConflictError."""
+        version = self.catalog.stored_version(served)
+        typed = {"apiVersion": version, "kind": served.resource.kind}
+        stored = self.store.write(key, {**typed, **obj, **typed}, expected)
+        return stored if version == served.resource.api_version else self.presented(served, stored)
 
     def _finished(self, obj: Object) -> bool:
         """Whether a marked object has nothing left that holds it."""
@@ -352,7 +348,7 @@ class Rest:
                     obj["spec"]["group"],
                     obj["spec"]["names"]["plural"],
                 ):
-                    for instance in list(self.store.list(served.storage_key)):
+                    for instance in list(self.store.objects(served.storage_key)):
                         metadata = instance["metadata"]
                         key = Key(served.storage_key, metadata.get("namespace", ""), metadata["name"])
                         self.store.delete(key, instance)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from meshlight.kube.resource_types import ResourceType
 from meshlight.kube.resources import Object
 
 Predicate = Callable[[Object], bool]
@@ -51,25 +52,71 @@ def _term(term: re.Match[str]) -> Callable[[Mapping[str, str]], bool]:
     return lambda found: key in found
 
 
-def fields(selector: str) -> Predicate:
+_INVOLVED = ("kind", "namespace", "name", "uid", "apiVersion", "resourceVersion", "fieldPath")
+_SELECTABLE: dict[tuple[str, str], frozenset[str]] = {
+    # (group, plural): the fields that Kubernetes indexes beside metadata.name and metadata.namespace
+    ("", "pods"): frozenset(
+        ("spec.nodeName", "spec.restartPolicy", "spec.schedulerName", "spec.serviceAccountName",
+         "spec.hostNetwork", "status.phase", "status.podIP", "status.nominatedNodeName")),
+    ("", "events"): frozenset(
+        (*(f"involvedObject.{field}" for field in _INVOLVED), "reason", "reportingComponent", "source",
+         "type")),
+    ("events.k8s.io", "events"): frozenset(
+        (*(f"regarding.{field}" for field in _INVOLVED), "reason", "reportingController", "type")),
+    ("", "nodes"): frozenset(("spec.unschedulable",)),
+    ("", "namespaces"): frozenset(("status.phase",)),
+    ("", "secrets"): frozenset(("type",)),
+    ("", "services"): frozenset(("spec.clusterIP", "spec.type")),
+    ("", "replicationcontrollers"): frozenset(("status.replicas",)),
+    ("apps", "replicasets"): frozenset(("status.replicas",)),
+    ("batch", "jobs"): frozenset(("status.successful",)),
+}  # fmt: skip
+_PLACES = {"source": "source.component", "status.successful": "status.succeeded"}
+_ABSENT = {"spec.unschedulable": "false", "spec.hostNetwork": "false", "status.replicas": "0"}
+
+
+def matcher(label_selector: str, field_selector: str, served: ResourceType) -> Predicate:
+    """A predicate of objects of a type for both selectors. Raises ValueError."""
+    by_label, by_field = labels(label_selector), fields(field_selector, served)
+    if not field_selector:
+        return lambda obj: by_label(obj["metadata"].get("labels") or {})
+    return lambda obj: by_label(obj["metadata"].get("labels") or {}) and by_field(obj)
+
+
+def _check(field: str, served: ResourceType) -> None:
+    r = served.resource
+    known = _SELECTABLE.get((r.group, r.plural), frozenset()) | set(served.selectable_fields)
+    if field not in ("metadata.name", "metadata.namespace") and field not in known:
+        raise ValueError(
+            f'Unable to find "{r.api_version}, Resource={r.plural}" that match field selector: '
+            f"field label not supported: {field}"
+        )
+
+
+def fields(selector: str, served: ResourceType) -> Predicate:
     """Compile a field selector (`metadata.name=x,status.phase!=Running`). Raises ValueError."""
-    wanted: list[tuple[list[str], str, bool]] = []
+    wanted: list[tuple[list[str], str, bool, str]] = []
     for part in filter(None, selector.split(",")):
         match = re.fullmatch(r"([^!=]+)(==|!=|=)(.*)", part)
         if match is None:
             raise ValueError(f"invalid selector: {part!r}; can't understand {selector!r}")
-        wanted.append((match[1].strip().split("."), match[3], match[2] != "!="))
+        field = match[1].strip()
+        _check(field, served)
+        place = _PLACES.get(field, field).split(".")
+        wanted.append((place, match[3], match[2] != "!=", _ABSENT.get(field, "")))
 
     def matches(obj: Object) -> bool:
-        return all((_at(obj, path) == value) == equal for path, value, equal in wanted)
+        return all((_at(obj, path, absent) == value) == equal for path, value, equal, absent in wanted)
 
     return matches
 
 
-def _at(obj: Any, path: list[str]) -> str:
+def _at(obj: Any, path: list[str], absent: str) -> str:
     for part in path:
         obj = obj.get(part) if isinstance(obj, dict) else None
-    return "" if obj is None else str(obj)
+    if obj is None:
+        return absent
+    return str(obj).lower() if isinstance(obj, bool) else str(obj)
 
 
 def match_labels(selector: Mapping[str, Any] | None, found: Mapping[str, str]) -> bool:

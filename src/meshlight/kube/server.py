@@ -1,7 +1,7 @@
-"""The API server's process: HTTP over TLS, client certificates, routing, encoding.
+"""The API server: which handler a path has, and the process that serves them over TLS.
 
-Parses requests into `rest.Target`s and encodes answers as JSON or tables; the verbs' meaning is
-`rest`'s. Listens on an inherited loopback socket and, inside a cluster, on the fabric.
+Reads are `reading`'s, the verbs' meaning is `rest`'s; here requests find them. Listens on an inherited
+loopback socket and, inside a cluster, on the fabric.
 """
 
 from __future__ import annotations
@@ -9,55 +9,58 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ctypes
+import gc
 import json
 import logging
+import os
 import signal
 import socket
 import sqlite3
 import ssl
 import sys
 import time
-from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-import orjson
 import uvloop
-import yaml
 from aiohttp import web
 
-from meshlight.kube import (
-    decoding,
-    deletion,
-    discovery,
-    kubelet_streams,
-    openapi,
-    pod_subresources,
-    protobuf_wire,
-    tables,
-    watch,
-)
-from meshlight.kube.authentication import User, from_certificate, unauthorized
-from meshlight.kube.authorization import Attributes, Authorizer, node_may_touch
+from meshlight.kube import deletion, discovery, kubelet_streams, openapi, pod_subresources, reviews
+from meshlight.kube.audit import AuditLog
+from meshlight.kube.authentication import Attributes
+from meshlight.kube.authorization import Authorizer, node_may_touch
 from meshlight.kube.bootstrap import bootstrap
 from meshlight.kube.catalog import Catalog
+from meshlight.kube.credentials import Credentials
+from meshlight.kube.guard import Guard, Handler
 from meshlight.kube.kubelet_proxy import KubeletProxy
+from meshlight.kube.reading import Reader
+from meshlight.kube.representation import Representation, shape_of
+from meshlight.kube.requests import (
+    MAX_BODY,
+    TARGET,
+    USER,
+    answer,
+    body_of,
+    is_watch,
+    no_such_path,
+    not_allowed,
+    options,
+    target_of,
+    verb_of,
+    warned,
+)
 from meshlight.kube.resources import Object
-from meshlight.kube.rest import Rest, Target, WriteOptions, matcher
+from meshlight.kube.rest import Rest, Target
 from meshlight.kube.status import StatusError, bad_request
-from meshlight.kube.store import CompactedError, Store
-from meshlight.kube.tokens import ISSUER, InvalidToken, TokenIssuer
+from meshlight.kube.store import Store
+from meshlight.kube.tokens import TokenIssuer
 
 VERSION = "v1.32.0+meshlight"
-MAX_BODY = 3 * 1024 * 1024
 AGGREGATED = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList"
-DUPLICATES: web.RequestKey[tuple[str, ...]] = web.RequestKey("duplicates", tuple)
-_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 SUCCESS: Object = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}
-USER: web.RequestKey[User] = web.RequestKey("user", User)
-Authenticate = Callable[[web.Request], User]
-AUTHENTICATE: web.AppKey[Authenticate] = web.AppKey("authenticate")
+WATCH_SECONDS = 3600.0
+"""A watch without a timeout of its own ends after this; its client resumes."""
 
 
 def log(message: str, **fields: object) -> None:
@@ -65,55 +68,105 @@ def log(message: str, **fields: object) -> None:
     print(json.dumps({"ts": time.time(), "level": "info", "msg": message, **fields}), file=sys.stderr)
 
 
-def answer(body: Object, status: int = 200, content_type: str = "application/json") -> web.Response:
-    """A JSON response."""
-    return web.Response(body=orjson.dumps(body), status=status, headers={"Content-Type": content_type})
-
-
-@web.middleware
-async def guard(request: web.Request, handler: Any) -> web.StreamResponse:
-    """Authenticate, and turn every refusal into a Status."""
-    try:
-        if request.path not in ("/healthz", "/readyz", "/livez"):
-            request[USER] = request.app[AUTHENTICATE](request)
-        response: web.StreamResponse = await handler(request)
-        return response
-    except StatusError as error:
-        return answer(error.body(), error.code)
-    except CompactedError as error:
-        return answer(StatusError(410, "Expired", str(error)).body(), 410)
-    except web.HTTPRequestEntityTooLarge:
-        message = f"limit is {MAX_BODY} bytes"
-        return answer(StatusError(413, "RequestEntityTooLarge", message).body(), 413)
-    except web.HTTPException as error:
-        message = "the server could not find the requested resource"
-        reason = "NotFound" if error.status == 404 else "MethodNotAllowed"
-        return answer(StatusError(error.status, reason, message).body(), error.status)
-
-
 class Server:
-    """Routes and handlers over one Rest."""
+    """Handlers over one Rest."""
 
-    def __init__(self, rest: Rest, pki: Path) -> None:
+    def __init__(self, rest: Rest, pki: Path, audit: AuditLog | None = None) -> None:
         self.rest = rest
         self.catalog = rest.catalog
+        self.reader = Reader(rest)
         self.tokens = TokenIssuer(pki, rest.core_object)
+        self.credentials = Credentials(self.tokens, log)
         self.kubelets = KubeletProxy(pki)
         self.authorizer = Authorizer(rest.rbac_objects)
+        self._audit = audit
 
-    def authenticate(self, request: web.Request) -> User:
-        """The user of a bearer token or of a verified client certificate. Raises StatusError 401."""
-        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-        if scheme.lower() == "bearer":
-            try:
-                return self.tokens.check(token.strip(), (ISSUER,), time.time()).user
-            except InvalidToken as error:
-                log("token refused", reason=str(error))
-                raise unauthorized() from error
-        transport = request.transport
-        return from_certificate(transport.get_extra_info("peercert") if transport else None)
+    def application(self) -> web.Application:
+        """The aiohttp application: one route, so that every path passes the guard."""
+        guard = Guard(self.rest.store, self.credentials.user, self.authorizer, self._audit, log)
 
-    def authorize(self, request: web.Request, target: Target) -> None:
+        @web.middleware
+        async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
+            return await guard(request, handler)
+
+        app = web.Application(middlewares=[guarded], client_max_size=MAX_BODY)
+        app.on_cleanup.append(self._cleanup)
+        app.router.add_route("*", "/{path:.*}", self.dispatch)
+        return app
+
+    async def _cleanup(self, _: web.Application) -> None:
+        await self.kubelets.close()
+        if self._audit is not None:
+            self._audit.close()
+
+    async def dispatch(self, request: web.Request) -> web.StreamResponse:
+        """Find the handler of a path."""
+        parts = [part for part in request.path.split("/") if part]
+        match parts:
+            case ["api", version, *rest] if rest:
+                return await self._resource(request, target_of(self.catalog, "", version, rest))
+            case ["apis", group, version, *rest] if rest:
+                return await self._resource(request, target_of(self.catalog, group, version, rest))
+            case ["healthz" | "readyz" | "livez", *_]:
+                return web.Response(text="ok")  # the store is open before we listen
+        self.authorizer.check(request[USER], Attributes(request.method.lower(), path=request.path))
+        if request.method not in ("GET", "HEAD"):
+            raise not_allowed()
+        return self._document(request, parts)
+
+    def _document(self, request: web.Request, parts: list[str]) -> web.Response:
+        """Discovery, OpenAPI and the other documents about the API."""
+        aggregated = "APIGroupDiscoveryList" in request.headers.get("Accept", "")
+        found: Object | None
+        match parts:
+            case []:
+                found = discovery.paths(self.catalog)
+            case ["version"]:
+                found = {"major": "1", "minor": "32", "gitVersion": VERSION, "platform": "linux/amd64"}
+            case ["api" | "apis" as kind] if aggregated:
+                return answer(discovery.aggregated(self.catalog, kind == "api"), content_type=AGGREGATED)
+            case ["api"]:
+                found = discovery.api_versions()
+            case ["apis"]:
+                found = discovery.api_group_list(self.catalog)
+            case ["api", version]:
+                found = discovery.api_resource_list(self.catalog, "", version)
+            case ["apis", group]:
+                found = discovery.api_group(self.catalog, group)
+            case ["apis", group, version]:
+                found = discovery.api_resource_list(self.catalog, group, version)
+            case ["openapi", "v2"]:
+                return _swagger(request)
+            case ["openapi", "v3"]:
+                found = openapi.index(self.catalog)
+            case ["openapi", "v3", *path]:
+                return self._openapi(request, path)
+            case [".well-known", "openid-configuration"]:
+                found = self.tokens.configuration()
+            case ["openid", "v1", "jwks"]:
+                found = self.tokens.keys()
+            case _:
+                found = None
+        if found is None:
+            raise no_such_path()
+        return answer(found)
+
+    def _openapi(self, request: web.Request, path: list[str]) -> web.Response:
+        match path:
+            case ["api", version]:
+                found = openapi.document(self.catalog, "", version)
+            case ["apis", group, version]:
+                found = openapi.document(self.catalog, group, version)
+            case _:
+                found = None
+        if found is None:
+            raise no_such_path()
+        response = answer(found)
+        if "hash" in request.query:  # the index gives a new hash when the document changes
+            response.headers["Cache-Control"] = "public, max-age=31536000, immutable"
+        return response
+
+    def _authorize(self, request: web.Request, target: Target) -> None:
         """Refuse what no role allows the request's user. Raises StatusError 403."""
         user, resource = request[USER], target.served.resource
         asked = Attributes(
@@ -121,7 +174,7 @@ class Server:
             resource.group,
             resource.plural,
             target.subresource,
-            target.namespace or "",
+            target.name if resource.plural == "namespaces" else target.namespace or "",
             target.name,
         )
         self.authorizer.check(user, asked)
@@ -132,139 +185,42 @@ class Server:
             message = f"node {user.name} may change only itself and the pods bound to it"
             raise StatusError(403, "Forbidden", message)
 
-    async def _cleanup(self, _: web.Application) -> None:
-        await self.kubelets.close()
-
-    def application(self) -> web.Application:
-        """The aiohttp application."""
-        app = web.Application(
-            middlewares=[
-                web.normalize_path_middleware(append_slash=False, remove_slash=True),
-                guard,
-            ],
-            client_max_size=MAX_BODY,
-        )
-        app[AUTHENTICATE] = self.authenticate
-        app.on_cleanup.append(self._cleanup)
-        app.router.add_get("/version", self.version)
-        for path in ("/healthz", "/readyz", "/livez"):
-            app.router.add_get(path, self.healthy)
-        app.router.add_get("/api", self.core)
-        app.router.add_get("/apis", self.groups)
-        app.router.add_get("/openapi/v2", self.openapi_v2)
-        app.router.add_get("/openapi/v3", self.openapi_index)
-        app.router.add_get("/openapi/v3/{path:.+}", self.openapi_document)
-        app.router.add_route("*", "/api/{version}{rest:(/.*)?}", self.resource)
-        app.router.add_get("/apis/{group}", self.group)
-        app.router.add_route("*", "/apis/{group}/{version}{rest:(/.*)?}", self.resource)
-        return app
-
-    async def version(self, _: web.Request) -> web.Response:
-        """`/version`."""
-        return answer({"major": "1", "minor": "32", "gitVersion": VERSION, "platform": "linux/amd64"})
-
-    async def healthy(self, _: web.Request) -> web.Response:
-        """Liveness and readiness: we serve only once the store is open."""
-        return web.Response(text="ok")
-
-    async def core(self, request: web.Request) -> web.Response:
-        """`/api`."""
-        if "APIGroupDiscoveryList" in request.headers.get("Accept", ""):
-            return answer(discovery.aggregated(self.catalog, True), content_type=AGGREGATED)
-        return answer(discovery.api_versions())
-
-    async def groups(self, request: web.Request) -> web.Response:
-        """`/apis`."""
-        if "APIGroupDiscoveryList" in request.headers.get("Accept", ""):
-            return answer(discovery.aggregated(self.catalog, False), content_type=AGGREGATED)
-        return answer(discovery.api_group_list(self.catalog))
-
-    async def group(self, request: web.Request) -> web.Response:
-        """`/apis/GROUP`."""
-        found = discovery.api_group(self.catalog, request.match_info["group"])
-        if found is None:
-            raise web.HTTPNotFound
-        return answer(found)
-
-    async def openapi_v2(self, request: web.Request) -> web.Response:
-        """`/openapi/v2`."""
-        if "proto-openapi" not in request.headers.get("Accept", ""):
-            return answer(openapi.SWAGGER)
-        kind = openapi.SWAGGER_PROTOBUF_TYPE
-        return web.Response(body=openapi.swagger_protobuf(), headers={"Content-Type": kind})
-
-    async def openapi_index(self, _: web.Request) -> web.Response:
-        """`/openapi/v3`."""
-        return answer(openapi.index(self.catalog))
-
-    async def openapi_document(self, request: web.Request) -> web.Response:
-        """`/openapi/v3/apis/GROUP/VERSION`."""
-        match request.match_info["path"].split("/"):
-            case ["api", version]:
-                found = openapi.document(self.catalog, "", version)
-            case ["apis", group, version]:
-                found = openapi.document(self.catalog, group, version)
-            case _:
-                found = None
-        if found is None:
-            raise web.HTTPNotFound
-        response = answer(found)
-        if "hash" in request.query:  # the index gives a new hash when the document changes
-            response.headers["Cache-Control"] = "public, max-age=31536000, immutable"
-        return response
-
-    def _target(self, request: web.Request) -> Target | None:
-        """Parse a REST path; None for the group-version itself."""
-        group, version = request.match_info.get("group", ""), request.match_info["version"]
-        parts = [p for p in request.match_info["rest"].split("/") if p]
-        if not parts:
-            return None
-        namespace = None
-        if parts[0] == "namespaces" and len(parts) > 2 and parts[2] not in ("status", "finalize"):
-            namespace, parts = parts[1], parts[2:]
-        served = self.catalog.lookup(group, version, parts[0])
-        if served is None or len(parts) > 3 or (namespace and not served.resource.namespaced):
-            raise web.HTTPNotFound
-        name = parts[1] if len(parts) > 1 else ""
-        subresource = parts[2] if len(parts) > 2 else ""
-        if subresource and subresource not in {s.name for s in served.subresources}:
-            raise web.HTTPNotFound
-        return Target(served, namespace, name, subresource)
-
-    async def resource(self, request: web.Request) -> web.StreamResponse:
+    async def _resource(self, request: web.Request, target: Target) -> web.StreamResponse:
         """Every path below a group-version."""
-        target = self._target(request)
-        if target is None:
-            group = request.match_info.get("group", "")
-            found = discovery.api_resource_list(self.catalog, group, request.match_info["version"])
-            if found is None:
-                raise web.HTTPNotFound
-            return answer(found)
-        self.authorize(request, target)
+        request[TARGET] = target
+        self._authorize(request, target)
+        if target.served.verbs == ("create",) and request.method != "POST":
+            raise not_allowed()
         match request.method:
             case "GET" if target.subresource == "log":
-                return await self._logs(request, target)
+                return await self.kubelets.logs(request, *self._placed(target))
             case "GET" | "POST" if target.subresource in kubelet_streams.SUBRESOURCES:
-                return await self._stream(request, target)
-            case "GET" if target.name:
-                obj = self.rest.get(target)
-                return answer(self._shown(request, target, [obj], obj))
-            case "GET" if request.query.get("watch") in ("true", "1"):
+                connections = self.kubelets.connections()
+                placed = self._placed(target)
+                return await kubelet_streams.serve(connections, request, target.subresource, *placed)
+            case "GET" if is_watch(request):
                 return await self._watch(request, target)
+            case "GET" if target.name:
+                return answer(self.reader.object(target, self._shape(request, target)))
             case "GET":
-                return self._list(request, target)
+                return answer(self.reader.collection(target, request.query, self._shape(request, target)))
             case "POST":
                 return await self._create(request, target)
             case "PUT" if target.name:
                 body, write = await body_of(request), options(request)
-                return warned(answer(self.rest.replace(target, body, write)), write)
+                return warned(answer(self.rest.replace(target, body, write)), write.warnings)
             case "PATCH" if target.name:
                 body, write = await body_of(request), options(request)
                 obj, created = self.rest.patch(target, body, request.content_type, write)
-                return warned(answer(obj, 201 if created else 200), write)
+                return warned(answer(obj, 201 if created else 200), write.warnings)
             case "DELETE":
                 return await self._delete(request, target)
-        raise web.HTTPMethodNotAllowed(request.method, ["GET", "POST", "PUT", "PATCH", "DELETE"])
+        raise not_allowed()
+
+    def _shape(self, request: web.Request, target: Target) -> Representation:
+        shape = shape_of(request.headers.get("Accept", ""))
+        include = request.query.get("includeObject", "Metadata")
+        return Representation(target.served, self.rest.presented, shape, include)
 
     def _placed(self, target: Target) -> tuple[Object, Object]:
         """A pod and its node. Raises StatusError."""
@@ -274,120 +230,47 @@ class Server:
             raise bad_request(f"pod {target.name} does not have a host assigned")
         return pod, node
 
-    async def _logs(self, request: web.Request, target: Target) -> web.StreamResponse:
-        return await self.kubelets.logs(request, *self._placed(target))
-
-    async def _stream(self, request: web.Request, target: Target) -> web.StreamResponse:
-        connections = self.kubelets.connections()
-        return await kubelet_streams.serve(connections, request, target.subresource, *self._placed(target))
-
-    def _list(self, request: web.Request, target: Target) -> web.Response:
-        query = request.query
-        matches = matcher(query.get("labelSelector", ""), query.get("fieldSelector", ""))
-        limit = int(query.get("limit") or 0)
-        version = str(self.rest.store.revision)
-        items, after = self.rest.list(target, matches, limit, query.get("continue", ""))
-        metadata: Object = {"resourceVersion": version}
-        if after:
-            metadata["continue"] = after
-        r = target.served.resource
-        listed = {
-            "kind": f"{r.kind}List", "apiVersion": r.api_version, "metadata": metadata, "items": items,
-        }  # fmt: skip
-        shown = self._shown(request, target, items, listed)
-        shown["metadata"] = metadata
-        return answer(shown)
-
-    def _shown(self, request: web.Request, target: Target, items: list[Object], plain: Object) -> Object:
-        """`plain`, or the items as a Table when the reader asks for one."""
-        if "as=Table" not in request.headers.get("Accept", ""):
-            return plain
-        include = request.query.get("includeObject", "Metadata")
-        version = plain["metadata"].get("resourceVersion", "")
-        return tables.render(target.served, items, version, include, datetime.now(UTC))
-
     async def _create(self, request: web.Request, target: Target) -> web.Response:
-        body = await body_of(request)
-        if target.subresource == "token":
-            issued = self.tokens.request(target.namespace or "", target.name, body, int(time.time()))
-            return answer(issued, 201)
-        if target.served.resource.kind == "TokenReview":
-            return answer(self.tokens.review(body, time.time()), 201)
-        if target.subresource == "binding":
-            pod_subresources.bind(self.rest, target, body, options(request))
-            return answer(SUCCESS, 201)
-        if target.subresource == "eviction":
-            pod_subresources.evict(self.rest, target, body)
-            return answer(SUCCESS, 201)
+        body, write = await body_of(request), options(request)
+        kind = target.served.resource.kind
+        match target.subresource:
+            case "token":
+                issued = self.tokens.request(target.namespace or "", target.name, body, int(time.time()))
+                return answer(issued, 201)
+            case "binding":
+                pod_subresources.bind(self.rest, target, body, write)
+                return answer(SUCCESS, 201)
+            case "eviction":
+                pod_subresources.evict(self.rest, target, body, write)
+                return answer(SUCCESS, 201)
         if target.name:
-            raise web.HTTPMethodNotAllowed("POST", ["GET", "PUT", "PATCH", "DELETE"])
-        if (kind := target.served.resource.kind) in ("SelfSubjectAccessReview", "SubjectAccessReview"):
-            spec = body.get("spec") or {}
-            user = request[USER]
-            if kind == "SubjectAccessReview":
-                user = User(spec.get("user", ""), tuple(spec.get("groups") or ()))
-            allowed = self.authorizer.allowed(user, review_attributes(spec))
-            return answer({**body, "status": {"allowed": allowed}}, 201)
-        if kind == "SelfSubjectReview":
-            return answer({**body, "status": {"userInfo": request[USER].review()}}, 201)
-        write = options(request)
-        return warned(answer(self.rest.create(target, body, write), 201), write)
+            raise not_allowed()
+        if kind == "TokenReview":
+            return answer(self.tokens.review(body, time.time()), 201)
+        if kind in reviews.KINDS:
+            found = reviews.review(self.authorizer, kind, body, request[USER], target.namespace)
+            return answer(found, 201)
+        return warned(answer(self.rest.create(target, body, write), 201), write.warnings)
 
     async def _delete(self, request: web.Request, target: Target) -> web.Response:
         body = await body_of(request) if request.can_read_body else {}
-        query = request.query
-        asked = deletion.parse(body, query)
+        asked, write = deletion.parse(body, request.query), options(request)
         if target.name:
-            obj, gone = self.rest.delete(target, asked)
+            obj, gone = self.rest.delete(target, asked, write)
             r, uid = target.served.resource, obj["metadata"]["uid"]
             details = {"name": target.name, "kind": r.plural, "uid": uid}
             if r.group:
                 details["group"] = r.group
-            return answer({**SUCCESS, "details": details} if gone else obj)
-        matches = matcher(query.get("labelSelector", ""), query.get("fieldSelector", ""))
-        items, _ = self.rest.list(target, matches, 0, "")
-        for item in items:
-            metadata = item["metadata"]
-            self.rest.delete(Target(target.served, metadata.get("namespace"), metadata["name"]), asked)
+            return warned(answer({**SUCCESS, "details": details} if gone else obj), write.warnings)
+        for namespace, name in self.reader.names(target, request.query):
+            self.rest.delete(Target(target.served, namespace or None, name), asked, write)
         return answer(SUCCESS)
 
     async def _watch(self, request: web.Request, target: Target) -> web.StreamResponse:
-        query, served = request.query, target.served
-        selected = matcher(query.get("labelSelector", ""), query.get("fieldSelector", ""))
-        namespace = target.namespace
-
-        def matches(obj: Object) -> bool:
-            return (namespace is None or obj["metadata"].get("namespace") == namespace) and selected(obj)
-
-        def render(obj: Object) -> Object:
-            obj = self.rest.presented(served, obj)
-            return self._shown(request, target, [obj], obj)
-
-        def bookmark(version: str) -> Object:
-            r = served.resource
-            return {
-                "kind": r.kind,
-                "apiVersion": r.api_version,
-                "metadata": {"resourceVersion": version},
-            }
-
-        since = query.get("resourceVersion") or "0"
-        if not since.isdigit():
-            raise bad_request(f"invalid resource version {since!r}")
-        initial: list[Object] = []
-        start = int(since)
-        if start == 0:
-            start = self.rest.store.revision
-            initial, _ = self.rest.list(target, selected, 0, "")
-        else:
-            next(self.rest.store.changes(served.storage_key, start), None)  # 410 before the headers
+        events = self.reader.events(target, request.query, self._shape(request, target))
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
         await response.prepare(request)
-        timeout = float(query.get("timeoutSeconds") or 3600)
-        events = watch.stream(
-            self.rest.store, served.storage_key, start, matches, render,
-            bookmarks=query.get("allowWatchBookmarks") == "true", bookmark=bookmark, initial=initial,
-        )  # fmt: skip
+        timeout = float(request.query.get("timeoutSeconds") or 0) or WATCH_SECONDS
         with contextlib.suppress(TimeoutError, ConnectionError):
             async with asyncio.timeout(timeout), contextlib.aclosing(events):  # type: ignore[type-var]
                 async for event in events:
@@ -395,69 +278,11 @@ class Server:
         return response
 
 
-_VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch"}
-
-
-def verb_of(request: web.Request, target: Target) -> str:
-    """The API verb of a request, as RBAC names it."""
-    match request.method:
-        case "GET":
-            if request.query.get("watch") in ("true", "1"):
-                return "watch"
-            return "get" if target.name else "list"
-        case "DELETE":
-            return "delete" if target.name else "deletecollection"
-    return _VERBS.get(request.method, request.method.lower())
-
-
-def review_attributes(spec: Object) -> Attributes:
-    """What an access review asks about."""
-    if asked := spec.get("nonResourceAttributes"):
-        return Attributes(asked.get("verb", ""), path=asked.get("path", ""))
-    asked = spec.get("resourceAttributes") or {}
-    fields = ("verb", "group", "resource", "subresource", "namespace", "name")
-    return Attributes(*(asked.get(field, "") for field in fields))
-
-
-async def body_of(request: web.Request) -> Any:
-    """The request's body as JSON, from JSON, YAML or Kubernetes protobuf. Raises StatusError 400."""
-    raw = await request.read()
-    try:
-        if raw.startswith(protobuf_wire.MAGIC):
-            return protobuf_wire.decode(raw)
-        if request.content_type.endswith("yaml") and not raw.lstrip().startswith(b"{"):
-            return yaml.load(raw, _YAML)
-        if raw and request.query.get("fieldValidation") in ("Strict", "Warn"):
-            request[DUPLICATES] = tuple(decoding.duplicates(raw))
-        return orjson.loads(raw) if raw else {}
-    except (ValueError, yaml.YAMLError) as error:
-        raise bad_request(f"the body cannot be decoded: {error}") from error
-
-
-def options(request: web.Request) -> WriteOptions:
-    """The options of a write, once its body has been read. Raises StatusError 400 or 422."""
-    query = request.query
-    manager = query.get("fieldManager") or request.headers.get("User-Agent", "").partition("/")[0]
-    validation = query.get("fieldValidation") or "Warn"
-    if validation not in ("Ignore", "Warn", "Strict"):
-        raise bad_request(f"fieldValidation must be Ignore, Strict or Warn, not {validation!r}")
-    if query.get("dryRun", "All") != "All":
-        raise bad_request(f"dryRun must be All, not {query['dryRun']!r}")
-    return WriteOptions(
-        dry_run="dryRun" in query,
-        field_validation=validation,
-        field_manager=manager[:128],
-        force=query.get("force") in ("true", "1"),
-        duplicates=request.get(DUPLICATES, ()),
-    )
-
-
-def warned(response: web.Response, write: WriteOptions) -> web.Response:
-    """The response with a Warning header for everything that the write warned of."""
-    for text in write.warnings:
-        escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-        response.headers.add("Warning", f'299 - "{escaped}"')
-    return response
+def _swagger(request: web.Request) -> web.Response:
+    if "proto-openapi" not in request.headers.get("Accept", ""):
+        return answer(openapi.SWAGGER)
+    kind = openapi.SWAGGER_PROTOBUF_TYPE
+    return web.Response(body=openapi.swagger_protobuf(), headers={"Content-Type": kind})
 
 
 def tls(pki: Path) -> ssl.SSLContext:
@@ -468,6 +293,12 @@ def tls(pki: Path) -> ssl.SSLContext:
     context.load_verify_locations(pki / "ca.crt")
     context.verify_mode = ssl.CERT_OPTIONAL
     return context
+
+
+def _stop_at_once(error: BaseException) -> None:
+    """What could not be written must not be answered: end, so that the next start serves what is on disk."""
+    log("the store cannot be written, stopping", error=str(error))
+    os._exit(70)
 
 
 async def serve(state: Path, listen_fd: int, fabric: str | None) -> None:
@@ -485,7 +316,11 @@ async def serve(state: Path, listen_fd: int, fabric: str | None) -> None:
     rest = Rest(store, Catalog())
     host, _, port = (fabric or "127.0.0.1:6443").rpartition(":")
     bootstrap(rest, host, int(port))
-    runner = web.AppRunner(Server(rest, state / "pki").application(), access_log=None, shutdown_timeout=1)
+    store.attach(_stop_at_once)
+    logs = state / "logs"
+    logs.mkdir(exist_ok=True, mode=0o700)
+    server = Server(rest, state / "pki", AuditLog(logs / "audit.log"))
+    runner = web.AppRunner(server.application(), access_log=None, shutdown_timeout=1)
     await runner.setup()
     sockets = [socket.socket(fileno=listen_fd)]
     if fabric:
@@ -493,6 +328,8 @@ async def serve(state: Path, listen_fd: int, fabric: str | None) -> None:
     context = tls(state / "pki")
     for listener in sockets:
         await web.SockSite(runner, listener, ssl_context=context).start()
+    gc.collect()
+    gc.freeze()
     log("serving", revision=store.revision, fabric=fabric)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -503,6 +340,16 @@ async def serve(state: Path, listen_fd: int, fabric: str | None) -> None:
     store.close()
 
 
+def _settle_memory() -> None:
+    """Give the memory of large answers back, and look for cycles seldom: objects here have none."""
+    gc.set_threshold(50_000, 20, 100)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 256 * 1024)  # glibc's own threshold grows
+
+
+_M_MMAP_THRESHOLD = -3
+
+
 def main() -> None:
     """Entry point of `python -m meshlight.kube.server`."""
     parser = argparse.ArgumentParser(description="the Kubernetes API of an embedded cluster")
@@ -511,6 +358,7 @@ def main() -> None:
     parser.add_argument("--fabric")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
+    _settle_memory()
     uvloop.run(serve(arguments.state, arguments.listen_fd, arguments.fabric))
 
 

@@ -24,13 +24,14 @@ class StatusError(Exception):
     reason: str
     message: str
     details: Object = field(default_factory=dict)
+    metadata: Object = field(default_factory=dict)
 
     def body(self) -> Object:
         """The `Status` object."""
         return {
             "kind": "Status",
             "apiVersion": "v1",
-            "metadata": {},
+            "metadata": self.metadata,
             "status": "Failure",
             "message": self.message,
             "reason": self.reason,

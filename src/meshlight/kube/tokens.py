@@ -59,6 +59,21 @@ class TokenIssuer:
         self._key_id = hashlib.sha256(der).hexdigest()[:32]
         self._lookup = lookup
 
+    def configuration(self) -> Object:
+        """The OpenID discovery document: how others verify these tokens."""
+        return {
+            "issuer": ISSUER,
+            "jwks_uri": f"{ISSUER}/openid/v1/jwks",
+            "response_types_supported": ["id_token"],
+            "subject_types_supported": ["public"],
+            "id_token_signing_alg_values_supported": [ALGORITHM],
+        }
+
+    def keys(self) -> Object:
+        """The public key, as a JSON Web Key Set."""
+        key = jwt.get_algorithm_by_name(ALGORITHM).to_jwk(self._public, as_dict=True)
+        return {"keys": [{**key, "use": "sig", "alg": ALGORITHM, "kid": self._key_id}]}
+
     def request(self, namespace: str, name: str, body: Object, now: int) -> Object:
         """Answer a TokenRequest for a service account. Raises StatusError 404, 409, 422."""
         spec = body.get("spec") or {}

@@ -1,102 +1,115 @@
-"""Watches: changes of one collection, filtered and encoded for one reader.
+"""Watches: changes of one collection, as a stream of encoded events for one reader.
 
-A reader's queue is bounded; one that falls too far behind is ended, and its client lists anew.
+A reader that is slow keeps references to changes, not copies, and few of them: one that falls behind the
+bounds is ended, and resumes from the change log or lists anew.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
 
-import orjson
-
-from meshlight.kube.resources import Object
 from meshlight.kube.store import Change, Store
 
-QUEUE_LIMIT = 10_000
+QUEUE_LIMIT = 5_000
+QUEUE_BYTES = 16 * 1024 * 1024
+"""What one reader may have waiting; beyond it its stream ends."""
 BOOKMARK_INTERVAL = 30.0
+CHUNK = 256 * 1024
+"""Bytes of events that are written at once."""
 
-Matches = Callable[[Object], bool]
-Render = Callable[[Object], Object]
+Encode = Callable[[Change], bytes | None]
+Bookmark = Callable[[int], bytes]
+
+
+class _Queue:
+    """Changes that wait for one reader, and the time to tell it that nothing came."""
+
+    def __init__(self) -> None:
+        self.changes: deque[Change] = deque()
+        self.bytes = 0
+        self.overrun = False
+        self._loop = asyncio.get_running_loop()
+        self._wakes: asyncio.Future[None] | None = None
+        self._timer = self._loop.call_later(BOOKMARK_INTERVAL, self._idle)
+
+    def close(self) -> None:
+        """No more of it."""
+        self._timer.cancel()
+
+    def _idle(self) -> None:
+        self._timer = self._loop.call_later(BOOKMARK_INTERVAL, self._idle)
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._wakes is not None and not self._wakes.done():
+            self._wakes.set_result(None)
+
+    def put(self, change: Change) -> None:
+        if self.overrun:
+            return
+        if len(self.changes) >= QUEUE_LIMIT or self.bytes >= QUEUE_BYTES:
+            self.overrun = True
+            self.changes.clear()
+        else:
+            self.changes.append(change)
+            self.bytes += len(change.body)
+        self._wake()
+
+    async def take(self) -> Iterable[Change]:
+        """Everything that waits, once there is something; nothing after a time without changes."""
+        if not self.changes and not self.overrun:
+            self._wakes = self._loop.create_future()
+            await self._wakes
+        taken, self.changes, self.bytes = self.changes, deque(), 0
+        return taken
 
 
 async def stream(
     store: Store,
     resource: str,
     since: int,
-    matches: Matches,
-    render: Render,
+    encode: Encode,
     *,
-    bookmarks: bool,
-    bookmark: Callable[[str], Object],
-    initial: list[Object],
+    bookmark: Bookmark | None,
+    initial: Iterable[bytes],
 ) -> AsyncIterator[bytes]:
-    """Encoded watch events after revision `since`, preceded by ADDED for `initial`.
+    """Encoded events: `initial`, then every change after revision `since` that `encode` does not leave out.
 
-    An object that stops matching is DELETED for this reader and one that starts is ADDED, as
-    Kubernetes does. Raises store.CompactedError.
+    Ends by itself when the reader falls too far behind. Raises store.CompactedError and FutureError.
     """
-    queue: asyncio.Queue[Change | None] = asyncio.Queue()
-
-    def receive(change: Change) -> None:
-        if change.key.resource != resource:
-            return
-        if queue.qsize() >= QUEUE_LIMIT:
-            unsubscribe()
-            queue.put_nowait(None)
-        else:
-            queue.put_nowait(change)
-
-    seen: set[tuple[str, str]] = set()
-    unsubscribed = False
-    end = store.subscribe(receive)
-
-    def unsubscribe() -> None:
-        nonlocal unsubscribed
-        if not unsubscribed:
-            unsubscribed = True
-            end()
-
+    queue = _Queue()
+    end = store.subscribe(resource, queue.put)
     try:
-        for obj in initial:
-            seen.add((obj["metadata"].get("namespace", ""), obj["metadata"]["name"]))
-            yield _encode("ADDED", render(obj))
-        for change in store.changes(resource, since):
-            since = change.revision
-            if event := _event(change, matches, render, seen):
-                yield event
-        while True:
-            try:
-                next_change = await asyncio.wait_for(queue.get(), BOOKMARK_INTERVAL)
-            except TimeoutError:
-                if bookmarks:
-                    yield _encode("BOOKMARK", bookmark(str(store.revision)))
-                continue
-            if next_change is None:
-                return
-            if next_change.revision <= since:
-                continue  # read from the log already
-            if event := _event(next_change, matches, render, seen):
-                yield event
+        for events in _chunks(initial):
+            yield events
+        missed = store.changes(resource, since)
+        if missed:
+            since = missed[-1].revision  # what was in the log may be in the queue as well
+        for events in _chunks(filter(None, map(encode, missed))):
+            yield events
+        while not queue.overrun:
+            taken = await queue.take()
+            fresh = [change for change in taken if change.revision > since]
+            if fresh:
+                since = fresh[-1].revision
+            elif not taken and bookmark is not None:
+                yield bookmark(store.durable_revision)
+            for events in _chunks(filter(None, map(encode, fresh))):
+                yield events
     finally:
-        unsubscribe()
+        end()
+        queue.close()
 
 
-def _event(change: Change, matches: Matches, render: Render, seen: set[tuple[str, str]]) -> bytes | None:
-    obj = change.object
-    key = (change.key.namespace, change.key.name)
-    if change.type == "DELETED":
-        seen.discard(key)
-        return _encode("DELETED", render(obj)) if matches(obj) else None
-    if not matches(obj):
-        if key in seen:
-            seen.discard(key)
-            return _encode("DELETED", render(obj))
-        return None
-    kind = "ADDED" if change.type == "ADDED" else "MODIFIED"
-    seen.add(key)
-    return _encode(kind, render(obj))
-
-
-def _encode(kind: str, obj: Object) -> bytes:
-    return orjson.dumps({"type": kind, "object": obj}) + b"\n"
+def _chunks(events: Iterable[bytes]) -> Iterable[bytes]:
+    waiting, size = [], 0
+    for event in events:
+        waiting.append(event)
+        size += len(event)
+        if size >= CHUNK:
+            yield b"".join(waiting)
+            waiting, size = [], 0
+    if waiting:
+        yield b"".join(waiting)
