@@ -55,6 +55,7 @@ NODE_RULES: tuple[Object, ...] = (
     {"apiGroups": [""], "resources": ["services", "endpoints", "namespaces", "nodes", "pods", "configmaps"],
      "verbs": ["get", "list", "watch"]},
     {"apiGroups": [""], "resources": ["secrets", "serviceaccounts"], "verbs": ["get", "list", "watch"]},
+    {"apiGroups": [""], "resources": ["persistentvolumeclaims", "persistentvolumes"], "verbs": ["get"]},
     {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["get", "list", "watch"]},
     {"apiGroups": [""], "resources": ["nodes", "nodes/status"], "verbs": ["create", "update", "patch"]},
     {"apiGroups": [""], "resources": ["pods", "pods/status"], "verbs": ["update", "patch", "delete"]},

@@ -62,6 +62,7 @@ class Agent:
                 self.node.address,
                 run,
                 self.state / "nodes" / self.node.name / "pods",
+                self.state / "volumes",
                 Machine.read(self.state),
                 PodNetwork(self.node.index),
                 self.references,

@@ -29,6 +29,8 @@ class NodeContext:
     address: str
     run: Path
     logs: Path
+    disk: Path
+    """Where the machine's PersistentVolumes are."""
     machine: Machine
     network: PodNetwork
     references: References

@@ -50,7 +50,7 @@ class Execution:
         self.node, self.pod, self.address = node, pod, ""
         self.uid = str(pod["metadata"]["uid"])
         self.folder = node.pod_folder(self.uid)
-        self.volumes = PodVolumes(node.client, self.folder / "volumes", node.host_files)
+        self.volumes = PodVolumes(node.client, self.folder / "volumes", node.host_files, node.disk)
         self._automounts: bool | None = None
         self._services: dict[str, str] | None = None
 
@@ -109,7 +109,7 @@ class Execution:
         pod = await self.prepared()
         container = self.container(name, pod)
         env = await self._environment(pod, container)
-        mounts = self.volumes.mounts(container, env)
+        mounts = self.volumes.mounts(pod, container, env)
         around = await asyncio.to_thread(self._surroundings, pod, container, attempt, mounts)
         wanted = program(pod, container, image_program, env, self.node.machine, around)
         await sandbox.start(name, attempt, wanted, {"crashes": crashes})
@@ -136,7 +136,7 @@ class Execution:
             log_path,
             resolver.files(pod, self.address, machine),
             [*mounts, Mount("bind", str(termination), target)],
-            self.node.cgroups.prepare(self.uid, container),
+            self.node.cgroups.prepare(self.uid, pod, container),
         )
 
     def ending(self, name: str, attempt: int, code: int) -> str:

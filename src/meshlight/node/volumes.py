@@ -1,14 +1,15 @@
 """A pod's volumes as folders of the machine, and their content kept current.
 
-`content` (pure) says which files a volume has; `write_atomically` puts them in place so that a reader
-sees all of the old or all of the new; `PodVolumes` is the shell. Rules: Kubernetes' Volume v1 API.
+What content volumes show is `volume_content`'s; here are tokens, folders in memory and on disk, and claims.
+Rules: Kubernetes' Volume v1 API.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import os
-import shutil
 import stat
 import time
 from collections.abc import Mapping
@@ -17,43 +18,23 @@ from datetime import datetime
 from pathlib import Path
 
 from meshlight.kube.client import ApiError, ApiUnreachable, Client
-from meshlight.kube.resources import SERVICE_ACCOUNTS, Object
-from meshlight.node.environment import ConfigError, Place, Sources, expand, field_value, resource_value
+from meshlight.kube.resources import PERSISTENT_VOLUME_CLAIMS, PERSISTENT_VOLUMES, SERVICE_ACCOUNTS, Object
+from meshlight.node.environment import ConfigError, Place, Sources, expand, quantity
 from meshlight.node.runtime import Mount
+from meshlight.node.volume_content import Token, TokenRequest, content, is_content, tokens_of, write_atomically
 
 TOKEN_VOLUME = "kube-api-access"
 TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"
 DEFAULT_TOKEN_SECONDS = 3607
 """As Kubernetes asks for automounted tokens."""
 _REFRESH = 0.8
+MADE_HERE = "/var/lib/meshlight/volumes/"
+"""Paths of PersistentVolumes that are the machine's: what follows is a folder of the state directory."""
+_MS_NOSUID_NODEV, _MNT_DETACH = 2 | 4, 2
 
 
 class VolumeError(Exception):
     """A volume cannot be mounted; the message goes into a FailedMount event."""
-
-
-@dataclass(frozen=True, slots=True)
-class File:
-    """One file of a volume."""
-
-    content: bytes
-    mode: int
-
-
-@dataclass(frozen=True, slots=True)
-class TokenRequest:
-    """A service-account token that a volume shows."""
-
-    audience: str
-    seconds: int
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """A token, and when it is to be replaced (seconds since the epoch)."""
-
-    value: str
-    refresh_at: float
 
 
 def api_access(pod: Object) -> Object:
@@ -103,136 +84,6 @@ def with_api_access(pod: Object, account_automounts: bool) -> Object:
     }
 
 
-def tokens_of(pod: Object) -> set[TokenRequest]:
-    """Every token that the pod's volumes show."""
-    found = set()
-    for volume in pod["spec"].get("volumes") or []:
-        for source in (volume.get("projected") or {}).get("sources") or []:
-            if asked := source.get("serviceAccountToken"):
-                found.add(_token_request(asked))
-    return found
-
-
-def _token_request(asked: Object) -> TokenRequest:
-    return TokenRequest(asked.get("audience") or "", int(asked.get("expirationSeconds") or 3600))
-
-
-def is_content(volume: Object) -> bool:
-    """Whether a volume shows objects of the API, rather than a folder."""
-    return any(volume.get(kind) is not None for kind in ("configMap", "secret", "projected", "downwardAPI"))
-
-
-def content(
-    pod: Object, volume: Object, sources: Sources, place: Place, tokens: Mapping[TokenRequest, Token]
-) -> dict[str, File]:
-    """The files of a volume by relative path. Raises ConfigError naming what is missing."""
-    for kind in ("configMap", "secret", "downwardAPI"):
-        if (source := volume.get(kind)) is not None:
-            mode = int(source.get("defaultMode") or 0o644)
-            return _source(pod, kind, source, sources, place, tokens, mode)
-    projected = volume["projected"]
-    mode = int(projected.get("defaultMode") or 0o644)
-    files: dict[str, File] = {}
-    for entry in projected.get("sources") or []:
-        for kind, source in entry.items():
-            files.update(_source(pod, kind, source, sources, place, tokens, mode))
-    return files
-
-
-def _source(
-    pod: Object, kind: str, source: Object, sources: Sources, place: Place,
-    tokens: Mapping[TokenRequest, Token], mode: int,
-) -> dict[str, File]:  # fmt: skip
-    namespace = pod["metadata"]["namespace"]
-    optional = bool(source.get("optional"))
-    match kind:
-        case "configMap":
-            found = sources.config_map(source["name"], namespace, optional)
-            return _selected(found, source, mode, f"configmap {namespace}/{source['name']}")
-        case "secret":
-            name = source.get("secretName") or source["name"]
-            found = sources.secret(name, namespace, optional)
-            return _selected(found, source, mode, f"secret {namespace}/{name}")
-        case "downwardAPI":
-            files = {}
-            for item in source.get("items") or []:
-                if reference := item.get("fieldRef"):
-                    value = field_value(pod, reference["fieldPath"], place)
-                else:
-                    value = resource_value(pod, "", item["resourceFieldRef"], place)
-                files[_safe(item["path"])] = File(value.encode(), int(item.get("mode") or mode))
-            return files
-        case "serviceAccountToken":
-            token = tokens[_token_request(source)]
-            return {_safe(source["path"]): File(token.value.encode(), mode)}
-    raise ConfigError(f"projected volume source {kind} is not supported")
-
-
-def _selected(found: dict[str, bytes] | None, source: Object, mode: int, what: str) -> dict[str, File]:
-    if found is None:
-        return {}
-    items = source.get("items")
-    if items is None:
-        return {key: File(value, mode) for key, value in found.items()}
-    files = {}
-    for item in items:
-        if item["key"] in found:
-            files[_safe(item["path"])] = File(found[item["key"]], int(item.get("mode") or mode))
-        elif not source.get("optional"):
-            raise ConfigError(f"references non-existent config key: {item['key']} ({what})")
-    return files
-
-
-def _safe(path: str) -> str:
-    if path.startswith("/") or ".." in path.split("/"):
-        raise ConfigError(f"path {path} must be relative and must not contain '..'")
-    return path
-
-
-def write_atomically(folder: Path, files: Mapping[str, File], group: int | None) -> bool:
-    """Make `folder` show exactly `files`, all at once; returns whether anything changed.
-
-    The files stand in a folder of their own; `..data` points to it and every name points through
-    `..data`, so that one rename changes them all.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    current = folder / "..data"
-    if current.exists() and _same(current, files):
-        return False
-    fresh = folder / f"..{time.time_ns()}"
-    fresh.mkdir(mode=0o755)
-    for path, file in files.items():
-        target = fresh / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as opened:
-            opened.write(file.content)
-            os.fchmod(descriptor, file.mode | (0o440 if group is not None else 0))
-            if group is not None:
-                os.fchown(descriptor, -1, group)
-    old = current.readlink().name if current.is_symlink() else None
-    pointer = folder / "..data_tmp"
-    pointer.unlink(missing_ok=True)
-    pointer.symlink_to(fresh.name)
-    pointer.rename(current)
-    wanted = {path.split("/")[0] for path in files}
-    for name in wanted:
-        link = folder / name
-        if not link.is_symlink():
-            link.symlink_to(f"..data/{name}")
-    for entry in folder.iterdir():
-        if entry.is_symlink() and not entry.name.startswith("..") and entry.name not in wanted:
-            entry.unlink()
-    if old:
-        shutil.rmtree(folder / old, ignore_errors=True)
-    return True
-
-
-def _same(current: Path, files: Mapping[str, File]) -> bool:
-    found = {str(p.relative_to(current)) for p in current.rglob("*") if p.is_file()}
-    return found == set(files) and all((current / p).read_bytes() == f.content for p, f in files.items())
-
-
 def host_path(root: Path, source: Object) -> Path:
     """The node-local path of a hostPath volume, created as its `type` asks. Raises VolumeError."""
     path = root / str(source["path"]).lstrip("/")
@@ -256,26 +107,108 @@ def host_path(root: Path, source: Object) -> Path:
     return path
 
 
-class PodVolumes:
-    """The volumes of one pod below `folder`; hostPath volumes live below `host_root`."""
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """The PersistentVolume behind a claim: where it is on the node, and whether it may be written."""
 
-    def __init__(self, client: Client, folder: Path, host_root: Path) -> None:
-        self._client, self._folder, self._host_root = client, folder, host_root
+    path: str
+    kind: str
+    read_only: bool
+
+
+def claim_of(pod: Object, volume: Object) -> str | None:
+    """The name of the claim that a volume stands for."""
+    if (source := volume.get("persistentVolumeClaim")) is not None:
+        return str(source["claimName"])
+    if volume.get("ephemeral") is not None:
+        return f"{pod['metadata']['name']}-{volume['name']}"
+    return None
+
+
+def claimed(volume: Object) -> Claimed:
+    """How a PersistentVolume is found on a node. Raises VolumeError for those that need a driver."""
+    spec, name = volume["spec"], volume["metadata"]["name"]
+    read_only = set(spec.get("accessModes") or []) == {"ReadOnlyMany"}
+    if spec.get("volumeMode") == "Block":
+        raise VolumeError(f'PersistentVolume "{name}": volumeMode Block is not supported; use Filesystem')
+    for kind in ("hostPath", "local"):
+        if (source := spec.get(kind)) is not None:
+            wanted = source.get("type") or "" if kind == "hostPath" else "Directory"
+            return Claimed(str(source["path"]), wanted, read_only)
+    raise VolumeError(f'PersistentVolume "{name}": only hostPath and local volumes can be mounted here')
+
+
+def give_to_group(folder: Path, group: int, policy: str) -> None:
+    """Make a volume the group's, as `fsGroup` asks; with policy OnRootMismatch only if its root is not yet."""
+    found = folder.stat()
+    if policy == "OnRootMismatch" and found.st_gid == group and found.st_mode & 0o2070 == 0o2070:
+        return
+    for path, _, files in os.walk(folder):
+        for each in (path, *(os.path.join(path, f) for f in files)):
+            with contextlib.suppress(FileNotFoundError):
+                mode = os.lstat(each).st_mode
+                os.chown(each, -1, group, follow_symlinks=False)
+                if stat.S_ISDIR(mode):
+                    os.chmod(each, stat.S_IMODE(mode) | 0o2070)
+                elif stat.S_ISREG(mode):
+                    os.chmod(each, stat.S_IMODE(mode) | 0o060)
+
+
+def _mount_memory(folder: Path, size: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    options = f"mode=1777,size={size}" if size else "mode=1777"
+    flags = ctypes.c_ulong(_MS_NOSUID_NODEV)
+    if libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", flags, options.encode()):
+        number = ctypes.get_errno()
+        raise OSError(number, f"tmpfs at {folder}: {os.strerror(number)}")
+
+
+class PodVolumes:
+    """The volumes of one pod below `folder`; hostPath volumes live below `host_root`, claims on `disk`."""
+
+    def __init__(self, client: Client, folder: Path, host_root: Path, disk: Path) -> None:
+        self._client, self._folder, self._host_root, self._disk = client, folder, host_root, disk
         self._tokens: dict[TokenRequest, Token] = {}
         self._paths: dict[str, Path] = {}
+        self._claims: dict[str, Claimed] = {}
 
     @property
     def refresh_at(self) -> float:
         """When a token is to be replaced; 0 without tokens."""
         return min((t.refresh_at for t in self._tokens.values()), default=0.0)
 
+    def empty_folders(self, pod: Object) -> dict[str, Path]:
+        """The emptyDir volumes that are not in memory of their own, by name."""
+        return {
+            v["name"]: self._folder / v["name"]
+            for v in pod["spec"].get("volumes") or []
+            if v.get("emptyDir") is not None and v["emptyDir"].get("medium") != "Memory"
+        }
+
     async def update(self, pod: Object, sources: Sources, place: Place) -> None:
         """Create what is missing and bring the content up to date. Raises VolumeError."""
         await self._renew_tokens(pod)
+        await self._find_claims(pod)
         try:
             await asyncio.to_thread(self._write, pod, sources, place)
         except (ConfigError, OSError) as error:
             raise VolumeError(str(error)) from error
+
+    async def _find_claims(self, pod: Object) -> None:
+        namespace = pod["metadata"]["namespace"]
+        for volume in pod["spec"].get("volumes") or []:
+            name = claim_of(pod, volume)
+            if name is None or volume["name"] in self._claims:
+                continue
+            try:
+                claim = await self._client.get(PERSISTENT_VOLUME_CLAIMS, name, namespace)
+                bound = (claim.get("status") or {}).get("phase") == "Bound"
+                if not bound or not claim["spec"].get("volumeName"):
+                    raise VolumeError(f'PersistentVolumeClaim "{name}" is not bound yet')
+                found = await self._client.get(PERSISTENT_VOLUMES, claim["spec"]["volumeName"])
+            except ApiError as error:
+                raise VolumeError(f'volume "{volume["name"]}": {error.message}') from error
+            self._claims[volume["name"]] = claimed(found)
 
     async def _renew_tokens(self, pod: Object) -> None:
         now = time.time()
@@ -311,7 +244,8 @@ class PodVolumes:
         return Token(status["token"], now + _REFRESH * (expires - now))
 
     def _write(self, pod: Object, sources: Sources, place: Place) -> None:
-        group = (pod["spec"].get("securityContext") or {}).get("fsGroup")
+        context = pod["spec"].get("securityContext") or {}
+        group = context.get("fsGroup")
         for volume in pod["spec"].get("volumes") or []:
             name = volume["name"]
             path = self._folder / name
@@ -320,38 +254,68 @@ class PodVolumes:
                     write_atomically(path, content(pod, volume, sources, place, self._tokens), group)
                 except ConfigError as error:
                     raise VolumeError(f'MountVolume.SetUp failed for volume "{name}": {error}') from error
-            elif volume.get("emptyDir") is not None or set(volume) == {"name"}:
-                if not path.exists():
-                    path.mkdir(parents=True)
-                    path.chmod(0o777)
-                    if group is not None:
-                        os.chown(path, -1, group)
-                        path.chmod(0o2777)
+            elif (source := volume.get("emptyDir")) is not None:
+                self._empty(path, source, group)
             elif (source := volume.get("hostPath")) is not None:
                 path = host_path(self._host_root, source)
+            elif name in self._claims:
+                path = self._claim_folder(self._claims[name])
+                if group is not None and name not in self._paths and not self._claims[name].read_only:
+                    give_to_group(path, int(group), context.get("fsGroupChangePolicy") or "Always")
             else:
                 kind = next(k for k in volume if k != "name")
                 raise VolumeError(
-                    f'volume "{name}": {kind} volumes are not supported; use emptyDir or hostPath'
+                    f'volume "{name}": {kind} volumes are not supported; use emptyDir, hostPath or a claim'
                 )
             self._paths[name] = path
 
-    def mounts(self, container: Object, env: Mapping[str, str]) -> list[Mount]:
+    def _empty(self, path: Path, source: Object, group: int | None) -> None:
+        if path.exists():
+            return
+        path.mkdir(parents=True)
+        if source.get("medium") == "Memory":
+            _mount_memory(path, int(quantity(source["sizeLimit"])) if source.get("sizeLimit") else 0)
+        path.chmod(0o777)
+        if group is not None:
+            os.chown(path, -1, group)
+            path.chmod(0o2777)
+
+    def _claim_folder(self, found: Claimed) -> Path:
+        if found.path.startswith(MADE_HERE):
+            folder = self._disk / found.path.removeprefix(MADE_HERE)
+            if not folder.is_dir():
+                raise VolumeError(f"the folder of the PersistentVolume at {found.path} is gone")
+            return folder
+        return host_path(self._host_root, {"path": found.path, "type": found.kind})
+
+    def mounts(self, pod: Object, container: Object, env: Mapping[str, str]) -> list[Mount]:
         """The mount steps of a container. Raises ConfigError for a mount of no volume."""
         steps = []
+        sources = {v["name"]: v for v in pod["spec"].get("volumes") or []}
         for mount in container.get("volumeMounts") or []:
-            path = self._paths.get(mount["name"])
+            name = mount["name"]
+            path = self._paths.get(name)
             if path is None:
-                raise ConfigError(f'volumeMounts: there is no volume "{mount["name"]}"')
+                raise ConfigError(f'volumeMounts: there is no volume "{name}"')
             base = path.resolve()
             below = mount.get("subPath") or ""
             if mount.get("subPathExpr"):
                 below = expand(mount["subPathExpr"], env)
             source = (base / below).resolve() if below else base
             if not source.is_relative_to(base):
-                raise ConfigError(f"subPath {below} leads out of volume {mount['name']}")
+                raise ConfigError(f"subPath {below} leads out of volume {name}")
             if not source.exists():
                 source.mkdir(parents=True, mode=0o755)
-            options = "ro" if mount.get("readOnly") or (base / "..data").is_symlink() else ""
+            claim = self._claims.get(name)
+            whole = (sources.get(name) or {}).get("persistentVolumeClaim") or {}
+            fixed = (base / "..data").is_symlink() or bool(claim and claim.read_only) or whole.get("readOnly")
+            options = "ro" if mount.get("readOnly") or fixed else ""
             steps.append(Mount("bind", str(source), mount["mountPath"], options))
         return steps
+
+    def unmount(self, pod: Object) -> None:
+        """Give back folders in memory, so that the pod's own folder can be removed."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        for volume in pod["spec"].get("volumes") or []:
+            if (volume.get("emptyDir") or {}).get("medium") == "Memory":
+                libc.umount2(str(self._folder / volume["name"]).encode(), _MNT_DETACH)

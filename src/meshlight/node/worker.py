@@ -323,6 +323,7 @@ class PodWorker:
         await asyncio.to_thread(self._clean)
 
     def _clean(self) -> None:
+        self.execution.volumes.unmount(self.pod)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.node.cgroups.remove(self.uid)
 
