@@ -64,11 +64,16 @@ class Discovery:
         self._last_change = 0.0
         self._ids = itertools.count(1)
         self._on_verdict: list[Verdict] = []
+        self._on_commit: list[Callable[[], None]] = []
         self._count_connections()
 
     def on_verdict(self, callback: Verdict) -> None:
         """Register what hears of every refusal, with its connection, and (None) of a connection's end."""
         self._on_verdict.append(callback)
+
+    def on_commit(self, callback: Callable[[], None]) -> None:
+        """Register what is called after each batch has been compiled."""
+        self._on_commit.append(callback)
 
     def observe(self, kind: str, key: ObjectKey, obj: Object | None) -> None:
         """Take an object's present state. One that cannot be read keeps its last readable state."""
@@ -120,6 +125,8 @@ class Discovery:
     def _push(self) -> None:
         self._changed.clear()
         changes, of_proxies = self.index.commit(), self.envoy.commit()
+        for callback in self._on_commit:
+            callback()
         if not changes and not of_proxies:
             return
         since = self._first_change

@@ -14,12 +14,13 @@ from meshlight.controlplane import facts, workload
 from meshlight.controlplane.external_index import ExternalIndex
 from meshlight.controlplane.facts import ObjectKey
 from meshlight.controlplane.groups import Groups
+from meshlight.controlplane.peer_authentication import is_converted
 from meshlight.controlplane.policy import TrustDomains
 from meshlight.controlplane.policy_index import Effect, PolicyIndex, Selection
 from meshlight.controlplane.publication import Publication
 from meshlight.controlplane.resources import ADDRESS_TYPE, AUTHORIZATION_TYPE, Changes
 from meshlight.controlplane.settings import Mesh
-from meshlight.controlplane.waypoints import Touched, WaypointIndex
+from meshlight.controlplane.waypoints import GATEWAY_NAME, Touched, WaypointIndex
 from meshlight.kube.resources import Object
 from meshlight.proto import workload_pb2 as wds
 
@@ -276,14 +277,18 @@ class Index:
         if pod is None:
             self._publication.withdraw(ADDRESS_TYPE, workload.pod_uid(self.mesh, key))
             return
-        attached = self.policies.attached(key.namespace, dict(pod.labels))
+        labels = dict(pod.labels)
+        attached = self.policies.attached(key.namespace, labels)
+        instance = self.waypoints.instance_of(key.namespace, labels)
+        if GATEWAY_NAME in labels and instance is None:
+            # A gateway at the edge takes what comes from outside: mutual TLS cannot be asked of it.
+            attached = [name for name in attached if not is_converted(name)]
         slices = (self._slices[s] for s in self._slices_by_pod[key])
         memberships = self._memberships(slices) | self.external.memberships_of_pod(pod)
         message = workload.from_pod(self.mesh, pod, self._nodes.get(pod.node), memberships, attached)
-        labels = dict(pod.labels)
         if waypoint := self.waypoints.of_pod(key, labels):
             message.waypoint.CopyFrom(self.waypoints.address(waypoint))
-        if instance := self.waypoints.instance_of(key.namespace, labels):
+        if instance is not None:
             message.application_tunnel.protocol = wds.ApplicationTunnel.PROXY
             message.application_tunnel.port = instance.tunnel_port
         self._publication.workload(message)

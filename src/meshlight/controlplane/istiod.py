@@ -20,6 +20,7 @@ from meshlight.controlplane.discovery import Discovery
 from meshlight.controlplane.discovery_scope import DiscoveryScope
 from meshlight.controlplane.facts import ObjectKey
 from meshlight.controlplane.gateways.controller import GatewayController
+from meshlight.controlplane.gateways.route_controller import RouteStatusWriter
 from meshlight.controlplane.identity import KubernetesTokenReviewer, RememberingReviewer
 from meshlight.controlplane.logs import Scope
 from meshlight.controlplane.metrics import Metrics
@@ -36,20 +37,28 @@ from meshlight.kube.resources import (
     ENDPOINT_SLICES,
     GATEWAY_CLASSES,
     GATEWAYS,
+    GRPC_ROUTES,
+    HTTP_ROUTES,
     NAMESPACES,
     NODES,
     PEER_AUTHENTICATIONS,
     PODS,
+    REFERENCE_GRANTS,
+    REQUEST_AUTHENTICATIONS,
+    SECRETS,
     SERVICE_ACCOUNTS,
     SERVICE_ENTRIES,
     SERVICES,
+    TCP_ROUTES,
+    TLS_ROUTES,
     WORKLOAD_ENTRIES,
     Object,
 )
 
 WATCHED = (
     NAMESPACES, NODES, PODS, SERVICES, ENDPOINT_SLICES, PEER_AUTHENTICATIONS, AUTHORIZATION_POLICIES,
-    GATEWAY_CLASSES, GATEWAYS, SERVICE_ENTRIES, WORKLOAD_ENTRIES,
+    GATEWAY_CLASSES, GATEWAYS, HTTP_ROUTES, GRPC_ROUTES, TCP_ROUTES, TLS_ROUTES, REFERENCE_GRANTS, SECRETS,
+    SERVICE_ENTRIES, WORKLOAD_ENTRIES, REQUEST_AUTHENTICATIONS,
 )  # fmt: skip
 
 _Callback = Callable[[Object | None, Object | None], None]
@@ -89,9 +98,8 @@ class Istiod:
         self._mesh_config.on_change(lambda old, new: self._configure(new))
         self._status = PolicyStatus(client, self._caches["AuthorizationPolicy"], self._discovery)
         self._addresses = AddressAllocator(client, self._caches["ServiceEntry"])
-        self._gateways = GatewayController(
-            client, self._caches["GatewayClass"], self._caches["Gateway"], self._caches["Service"]
-        )
+        self._gateways = GatewayController(client, self._caches, self._discovery)
+        self._routes = RouteStatusWriter(client, self._caches, self._discovery)
 
     def _observer(self, kind: str) -> _Callback:
         def changed(old: Object | None, new: Object | None) -> None:
@@ -170,6 +178,7 @@ class Istiod:
             group.create_task(self._addresses.run())
             group.create_task(_follow(self._gateways.deployments))
             group.create_task(self._gateways.run())
+            group.create_task(self._routes.run())
             # Only now: which identities a node may have is known once all pods are.
             await self._open_grpc(stack, group, self._keeper.current)
             log.info("istiod ready", objects={k: len(c.objects) for k, c in self._caches.items()})

@@ -131,3 +131,9 @@ def _deny(key: ObjectKey, match: rbac.Match) -> rbac.Authorization:
         action=rbac.DENY,
         rules=[rbac.Rule(clauses=[rbac.Clause(matches=[match])])],
     )
+
+
+def is_converted(policy: str) -> bool:
+    """Whether a policy's name (`NAMESPACE/NAME`) is of one that stands for a PeerAuthentication."""
+    name = policy.rpartition("/")[2]
+    return name == STATIC_STRICT or name.startswith(CONVERTED_PREFIX)

@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from meshlight.controlplane.envoy import backends, gateway_api, waypoint_proxy, wire
+from meshlight.controlplane.envoy import backends, gateway_api, gateway_proxy, http, waypoint_proxy, wire
 from meshlight.controlplane.envoy.backends import Backend
+from meshlight.controlplane.envoy.certificates import Certificates
 from meshlight.controlplane.envoy.gateway_api import Gateway
+from meshlight.controlplane.envoy.gateway_proxy import ListenerState
 from meshlight.controlplane.envoy.names import ProxyKey
 from meshlight.controlplane.envoy.policies import PolicyTargets, Target
 from meshlight.controlplane.envoy.policy_view import PolicyView, group_of
@@ -60,6 +62,7 @@ class EnvoyIndex:
         self.policies = PolicyTargets()
         self._view = PolicyView(index, self.policies, unusable_keys)
         self.routes = RouteIndex(lambda: index.mesh, index.service)
+        self.certificates = Certificates()
         self.gateways: dict[ObjectKey, Gateway] = {}
         self.proxies: dict[ProxyKey, Proxy] = {}
         self.routes_to_report: set[RouteKey] = set()
@@ -73,6 +76,7 @@ class EnvoyIndex:
             "Namespace": self._namespace,
             "Service": self._service,
             "EndpointSlice": self._slice,
+            "Secret": self._secret,
             "Pod": lambda key, _: self._touched.endpoints.update(self._index.services_of_pod(key)),
             "AuthorizationPolicy": lambda key, obj: self._retarget(
                 self.policies.set_authorization(self._index.mesh, key, obj)
@@ -80,7 +84,7 @@ class EnvoyIndex:
             "RequestAuthentication": lambda key, obj: self._retarget(
                 self.policies.set_authentication(self._index.mesh, key, obj)
             ),
-            "ReferenceGrant": lambda key, obj: self._apply(self.routes.set_grant(key, obj)),
+            "ReferenceGrant": self._grant,
         }
         for kind in PARSERS:
             self._observers[kind] = self._route_observer(kind)
@@ -116,6 +120,13 @@ class EnvoyIndex:
             if any(listener.allowed == "Selector" for listener in gateway.listeners):
                 self._apply(self.routes.parent_changed(("Gateway", gateway.key)))
 
+    def _secret(self, key: ObjectKey, obj: Object | None) -> None:
+        if self.certificates.set_secret(key, obj):
+            for gateway in self.gateways.values():
+                if any(ref.key == key for listener in gateway.listeners for ref in listener.certificates):
+                    self._touched.proxies.add(ProxyKey.of(gateway.key))
+                    self.gateways_to_report.add(gateway.key)
+
     def _service(self, key: ObjectKey, obj: Object | None) -> None:
         self._touched.backends.add(key)
         self._touched.frontends.add(key)
@@ -123,6 +134,13 @@ class EnvoyIndex:
 
     def _route_observer(self, kind: str) -> Callable[[ObjectKey, Object | None], None]:
         return lambda key, obj: self._apply(self.routes.set_route(kind, key, obj))
+
+    def _grant(self, key: ObjectKey, obj: Object | None) -> None:
+        self._apply(self.routes.set_grant(key, obj))
+        for gateway in self.gateways.values():  # grants for their certificates
+            if any(ref.key.namespace == key.namespace for lis in gateway.listeners for ref in lis.certificates):
+                self._touched.proxies.add(ProxyKey.of(gateway.key))
+                self.gateways_to_report.add(gateway.key)
 
     def _slice(self, key: ObjectKey, obj: Object | None) -> None:
         name = ((obj or {}).get("metadata", {}).get("labels") or {}).get(SERVICE_NAME)
@@ -220,7 +238,7 @@ class EnvoyIndex:
     def _compile(self, gateway: Gateway) -> tuple[set[ObjectKey], Resources]:
         """A proxy's services and all of its resources."""
         if gateway.gateway_class != WAYPOINT_CLASS:
-            return set(), {}
+            return self._compile_edge(gateway)
         waypoint = self._index.waypoints.waypoints[gateway.key]
         frontends = {key: self._frontend(key) for key in sorted(self._served(waypoint))}
         needed = set(frontends).union(*(frontend.refers_to for frontend in frontends.values()))
@@ -236,6 +254,30 @@ class EnvoyIndex:
         groups = [(group_of(key), self._view.targets_of_service(key)) for key in frontends]
         _add(resources, waypoint_proxy.own(waypoint, frontends.values(), self._view.filters(groups)))
         return needed, resources
+
+    def _compile_edge(self, gateway: Gateway) -> tuple[set[ObjectKey], Resources]:
+        targets = self._view.targets_of_proxy(ProxyKey.of(gateway.key), gateway.gateway_class)
+        group = group_of(gateway.key)
+        edge = gateway_proxy.compile_gateway(
+            self.listeners_of(gateway),
+            self.routes,
+            self.certificates,
+            [*self._view.filters([(group, targets)]), *http.filters()],
+            self._view.route_rules(group, targets),
+            self._view.guards(targets),
+        )
+        needed = edge.refers_to | self._view.authorizers(targets)
+        needed = {key for key in needed if self._index.service(key) is not None}
+        resources: Resources = {type_url: {} for type_url in wire.TYPES}
+        for key in sorted(needed):
+            backend = self._backend(key)
+            _add(resources, backend.clusters, backend.endpoints)
+        _add(resources, edge.resources)
+        return needed, resources
+
+    def listeners_of(self, gateway: Gateway) -> list[ListenerState]:
+        """A gateway's listeners with what is attached to them."""
+        return gateway_proxy.states(gateway, self.routes, self.certificates, self.namespace_labels)
 
     def _served(self, waypoint: Waypoint) -> set[ObjectKey]:
         if not waypoint.for_services:
