@@ -127,7 +127,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         pytest.fail("kubectl is not on PATH: `make setup` says how to get it")
     made = Cluster(f"test-{uuid.uuid4().hex[:6]}", tmp_path_factory.mktemp("meshlight"))
     try:
-        made.meshlight("up", "--name", made.name, "--nodes", "3", "--timeout", "150", timeout=180)
+        made.meshlight("up", "--name", made.name, "--nodes", "3", "--isolated", "--timeout", "150", timeout=180)
         yield made
     finally:
         if os.environ.get("MESHLIGHT_KEEP_LOGS"):

@@ -55,6 +55,11 @@ def print_json(found: object) -> None:
 )
 @click.option("--timeout", default=120.0, show_default=True, help="seconds until giving up")
 @click.option("--foreground", is_flag=True, help="stay; the cluster ends with this command, however it ends")
+@click.option(
+    "--isolated/--no-isolated",
+    default=None,
+    help="whether pods reach nothing outside the cluster  [default: they reach what this machine reaches]",
+)
 @click.option("--lifeline", type=int, metavar="FD", help="end the cluster when this inherited pipe is closed")
 @output_option
 def up(
@@ -63,6 +68,7 @@ def up(
     api_port: int | None,
     timeout: float,
     foreground: bool,
+    isolated: bool | None,
     lifeline: int | None,
     output: str,
 ) -> None:
@@ -82,7 +88,7 @@ def up(
 
     if foreground:
         lifeline, _ours = os.pipe()  # the kernel closes ours when this process ends
-    booted = asyncio.run(boot.up(layout, nodes, api_port, timeout, progress, lifeline))
+    booted = asyncio.run(boot.up(layout, nodes, api_port, timeout, progress, lifeline, isolated))
     if foreground and not booted.started:
         raise click.ClickException(f"{name} is already up: `meshlight down` first, or leave out --foreground")
     if output == "json":

@@ -77,7 +77,11 @@ def _locked(layout: Layout) -> Iterator[None]:
 
 
 def start(
-    layout: Layout, nodes: int | None, api_port: int | None, lifeline: int | None = None
+    layout: Layout,
+    nodes: int | None,
+    api_port: int | None,
+    lifeline: int | None = None,
+    isolated: bool | None = None,
 ) -> tuple[Record, bool]:
     """Start the cluster unless it runs; returns its record and whether this call started it.
 
@@ -96,7 +100,7 @@ def start(
                 outlet.spawn(layout, before.supervisor_pid)  # should it have died; one alive stays the only one
                 return before, False
             cgroups.clear(layout.state)
-            return _launch(layout, before, nodes, api_port, lifeline), True
+            return _launch(layout, before, nodes, api_port, lifeline, isolated), True
     except BaseException as error:
         if not existed:
             shutil.rmtree(layout.state, ignore_errors=True)
@@ -116,12 +120,18 @@ def _unchanged(running: Record, nodes: int | None, api_port: int | None) -> None
 
 
 def _launch(
-    layout: Layout, before: Record | None, nodes: int | None, api_port: int | None, lifeline: int | None
+    layout: Layout,
+    before: Record | None,
+    nodes: int | None,
+    api_port: int | None,
+    lifeline: int | None,
+    isolated: bool | None,
 ) -> Record:
     with _listen(api_port or (before.api_port if before else None)) as listener:
         port = listener.getsockname()[1]
         count = nodes or (before.nodes if before else 6)
         record = Record(layout.name, count, port, boot_id=str(uuid.uuid4()))
+        record.isolated = bool(before and before.isolated) if isolated is None else isolated
         try:
             pki.ensure(layout.state, layout.name, layout.node_names(record.nodes), port)
         except (ValueError, TypeError) as error:
@@ -161,6 +171,8 @@ def _spawn(layout: Layout, listener: int, record: Record, lifeline: int | None) 
     command += ["--listen-fd", str(listener), "--nodes", str(record.nodes)]
     command += ["--boot-id", record.boot_id]
     inherited = [listener]
+    if record.isolated:
+        command.append("--isolated")
     if lifeline is not None:
         inherited.append(lifeline)
         command += ["--lifeline", str(lifeline)]

@@ -70,6 +70,7 @@ class Record:
     """What `cluster.json` remembers; `supervisor_pid` is 0 when the cluster is stopped.
 
     `boot_id` names the latest start: nodes report it once nothing of an earlier one is told of them.
+    `isolated`: pods reach nothing outside the cluster.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Record:
     supervisor_pid: int = 0
     supervisor_started: int = 0
     boot_id: str = ""
+    isolated: bool = False
 
     @classmethod
     def read(cls, layout: Layout) -> Record | None:

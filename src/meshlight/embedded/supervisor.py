@@ -20,6 +20,7 @@ from pathlib import Path
 
 from meshlight.embedded.layout import Layout
 from meshlight.node import cgroups
+from meshlight.uplink.name_service import NODE_FILE, node_file
 
 FABRIC_ADDRESS = "172.20.0.1"
 FABRIC_PREFIX = 24
@@ -60,8 +61,10 @@ class Part:
         return 0.0 if self.failures == 1 else min(0.1 * 2 ** (self.failures - 1), 10.0)
 
 
-def prepare_namespaces(name: str, boot_id: str) -> None:
+def prepare_namespaces(name: str, boot_id: str, isolated: bool) -> None:
     """Mounts, loopback and the fabric bridge, all inside the namespaces we were born into."""
+    # Read before /run is covered: the machine's file is often a link into it.
+    resolvers = Path("/etc/resolv.conf").read_text() if Path("/etc/resolv.conf").exists() else ""
     for command in (
         ["mount", "-t", "proc", "proc", "/proc"],
         ["mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run"],
@@ -75,13 +78,16 @@ def prepare_namespaces(name: str, boot_id: str) -> None:
     for folder in (Path("/run/netns"), RUN / "nodes", RUN / "exits"):
         folder.mkdir(parents=True)
     (RUN / "boot_id").write_text(boot_id)
+    NODE_FILE.write_text(node_file(resolvers, FABRIC_ADDRESS, isolated=isolated))
     subprocess.run(["hostname", name], check=False, stderr=subprocess.DEVNULL)
 
 
 class Supervisor:
     """Keeps the parts running until SIGTERM, or until the lifeline, a descriptor, is closed elsewhere."""
 
-    def __init__(self, layout: Layout, listen_fd: int, nodes: list[str], lifeline: int = -1) -> None:
+    def __init__(
+        self, layout: Layout, listen_fd: int, nodes: list[str], lifeline: int = -1, *, isolated: bool = False
+    ) -> None:
         self.layout, self.lifeline = layout, lifeline
         self.stopping = asyncio.Event()
         self.hopeless = False
@@ -111,7 +117,11 @@ class Supervisor:
             )
             for index, name in enumerate(nodes, start=1)
         ]
-        uplink = Part("uplink", module("meshlight.uplink", "--kubeconfig", credentials, "--state", str(state)))
+        way_out = ["--isolated"] if isolated else []
+        uplink = Part(
+            "uplink",
+            module("meshlight.uplink", "--kubeconfig", credentials, "--state", str(state), *way_out),
+        )
         self.once = {installer.name}
         self.parts = [controllers, installer, uplink, *agents]
         self.by_pid: dict[int, Part] = {}
@@ -218,13 +228,14 @@ def main() -> None:
     parser.add_argument("--listen-fd", required=True, type=int)
     parser.add_argument("--nodes", required=True, type=int)
     parser.add_argument("--boot-id", required=True)
+    parser.add_argument("--isolated", action="store_true", help="pods reach nothing outside the cluster")
     parser.add_argument("--lifeline", type=int, default=-1, help="descriptor whose end ends the cluster")
     arguments = parser.parse_args()
     os.environ["MESHLIGHT_HOME"] = str(arguments.state.parent.parent)
-    prepare_namespaces(arguments.name, arguments.boot_id)
+    prepare_namespaces(arguments.name, arguments.boot_id, arguments.isolated)
     layout = Layout(arguments.name)
     names = layout.node_names(arguments.nodes)
-    supervisor = Supervisor(layout, arguments.listen_fd, names, arguments.lifeline)
+    supervisor = Supervisor(layout, arguments.listen_fd, names, arguments.lifeline, isolated=arguments.isolated)
     asyncio.run(supervisor.run())
     sys.exit(supervisor.hopeless)
 

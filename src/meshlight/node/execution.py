@@ -32,7 +32,8 @@ TERMINATION_PATH = "/dev/termination-log"
 _MESSAGE_BYTES, _FALLBACK_BYTES, _FALLBACK_LINES = 4096, 2048, 80
 _OUTPUT_LIMIT = 10_000
 _KEPT_LOGS = 2
-_MACHINE_RESOLV_CONF = Path("/etc/resolv.conf")
+_MACHINE_RESOLV_CONF = Path("/run/meshlight/resolv.conf")
+"""What a node knows of the machine's nameservers; the supervisor writes it."""
 
 
 @dataclass(frozen=True, slots=True)

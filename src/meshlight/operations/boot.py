@@ -52,14 +52,15 @@ async def up(
     deadline: float,
     progress: Progress,
     lifeline: int | None = None,
+    isolated: bool | None = None,
 ) -> Booted:
     """Start (or find) the cluster and wait until everything of cluster-101 is ready.
 
-    `deadline` is in seconds from now; `lifeline` as `launch.start` has it. Raises launch.LaunchError,
-    BootError.
+    `deadline` is in seconds from now; `lifeline`, `isolated` as `launch.start` has them. Raises
+    launch.LaunchError, BootError.
     """
     begun = time.monotonic()
-    record, started = launch.start(layout, nodes, api_port, lifeline)
+    record, started = launch.start(layout, nodes, api_port, lifeline, isolated)
     progress("supervisor")
     waiting = "the Kubernetes API with its nodes"
     try:

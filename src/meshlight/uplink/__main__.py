@@ -19,8 +19,9 @@ from meshlight.node import netns
 from meshlight.uplink import announcement
 from meshlight.uplink.listeners import Listeners
 from meshlight.uplink.machine import Machine
+from meshlight.uplink.name_service import NameRelay
 
-FABRIC = "fabric0"
+FABRIC, GATEWAY = "fabric0", "172.20.0.1"
 _SERVICE_NAME = "kubernetes.io/service-name"
 _DEBOUNCE = 0.02
 _Key = tuple[str, str]
@@ -91,8 +92,8 @@ class Routes:
 class Uplink:
     """Follows the API for everything the uplink does."""
 
-    def __init__(self, client: Client, state: Path) -> None:
-        self._client = client
+    def __init__(self, client: Client, state: Path, *, isolated: bool) -> None:
+        self._client, self._isolated = client, isolated
         self._machine = Machine(state)
         self._routes = Routes()
         self._listeners = Listeners(self._machine, state, self._report)
@@ -107,6 +108,8 @@ class Uplink:
                     group.create_task(self._follow(resource))
                 group.create_task(self._routes.run())
                 group.create_task(self._listeners.run())
+                if not self._isolated:
+                    group.create_task(NameRelay(self._machine, GATEWAY).run())
         finally:
             self._machine.close()
 
@@ -154,10 +157,10 @@ class Uplink:
             log("warning", "event not written", service=metadata["name"], error=str(error))
 
 
-async def main(kubeconfig: str, state: Path) -> None:
+async def main(kubeconfig: str, state: Path, *, isolated: bool) -> None:
     """Serve until SIGTERM or SIGINT, then leave with status 0."""
     async with Client.from_kubeconfig(kubeconfig) as client:
-        task = asyncio.create_task(Uplink(client, state).run())
+        task = asyncio.create_task(Uplink(client, state, isolated=isolated).run())
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, task.cancel)
         with contextlib.suppress(asyncio.CancelledError):
@@ -168,5 +171,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m meshlight.uplink")
     parser.add_argument("--kubeconfig", required=True)
     parser.add_argument("--state", required=True, type=Path)
+    parser.add_argument("--isolated", action="store_true", help="nothing outside is reached")
     arguments = parser.parse_args()
-    uvloop.run(main(arguments.kubeconfig, arguments.state))
+    uvloop.run(main(arguments.kubeconfig, arguments.state, isolated=arguments.isolated))

@@ -16,6 +16,8 @@ from typing import Literal
 
 SOCKET = "uplink.sock"
 """Name of the unix socket in the cluster's state directory."""
+NAMESERVER = "nameserver:"
+"""Address that stands, with a number from 0 on after it, for one of the machine's own nameservers."""
 _PACKET = 4096
 _FD_SIZE = array.array("i").itemsize
 

@@ -22,11 +22,13 @@ from pathlib import Path
 from meshlight.uplink import handover
 from meshlight.uplink.handover import Answer, Ask
 
+RESOLV_CONF = Path("/etc/resolv.conf")
 LOCK = "outlet.lock"
 """Held while an outlet lives: a second one of the same cluster leaves at once."""
 CONNECT_TIMEOUT = 10.0
 BACKLOG = 128
 _MOST_CONNECTS = 256
+_HANDOVER = 2.0
 _FIRST_RETRY, _LONGEST_RETRY = 0.02, 1.0
 
 
@@ -41,22 +43,35 @@ def _family(address: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
+def _address(asked: str) -> str:
+    """The address that is meant; one of the machine's nameservers may be named by its number."""
+    if not asked.startswith(handover.NAMESERVER):
+        return asked
+    words = (line.split() for line in RESOLV_CONF.read_text().splitlines())
+    known = [w[1] for w in words if len(w) > 1 and w[0] == "nameserver"]
+    number = int(asked.removeprefix(handover.NAMESERVER))
+    if number >= len(known):
+        raise FileNotFoundError(errno.ENOENT, "no such nameserver")
+    return known[number]
+
+
 async def open_socket(ask: Ask) -> socket.socket:
     """The socket that is asked for. Raises OSError, TimeoutError."""
+    address = _address(ask.address)
     kind = socket.SOCK_STREAM if ask.protocol == "tcp" else socket.SOCK_DGRAM
-    made = socket.socket(_family(ask.address), kind | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    made = socket.socket(_family(address), kind | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
         if ask.operation == "listen":
             if ask.protocol == "tcp":
                 made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            made.bind((ask.address, ask.port))
+            made.bind((address, ask.port))
             if ask.protocol == "tcp":
                 made.listen(BACKLOG)
         elif ask.protocol == "tcp":
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                await asyncio.get_running_loop().sock_connect(made, (ask.address, ask.port))
+                await asyncio.get_running_loop().sock_connect(made, (address, ask.port))
         else:
-            made.connect((ask.address, ask.port))
+            made.connect((address, ask.port))
     except BaseException:
         made.close()
         raise
@@ -167,6 +182,19 @@ async def serve(state: Path, supervisor: int) -> None:
         await work
 
 
+def _sole(lock: int) -> bool:
+    """Whether this is the cluster's only outlet; one that is about to end with its supervisor is waited for."""
+    deadline = time.monotonic() + _HANDOVER
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+
+
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m meshlight.uplink.outlet")
@@ -174,9 +202,7 @@ def main() -> None:
     parser.add_argument("--supervisor", required=True, type=int, help="pid with which to end")
     arguments = parser.parse_args()
     with (arguments.state / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _sole(lock.fileno()):
             return
         asyncio.run(serve(arguments.state, arguments.supervisor))
 
