@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from backends import Backend, serving
-from envoy.config.listener.v3 import listener_components_pb2, listener_pb2
-from envoy_proxy import Proxy, Response, cluster, running
+from envoy_proxy import Proxy, cluster, running
+from routed import Table, ask, check_table, listener
 
-from meshlight.controlplane.envoy import http, listeners, route_rules, routes, wire
+from meshlight.controlplane.envoy import route_rules
 from meshlight.controlplane.envoy.http_route import parse
 from meshlight.controlplane.envoy.routing import BackendReference
 
@@ -68,9 +68,6 @@ def rewrite(kind: str, value: str, **more: Any) -> list[dict[str, Any]]:
     field = kind[0].lower() + kind[1:]
     return [{"type": "URLRewrite", "urlRewrite": {"path": {"type": kind, field: value}, **more}}]
 
-
-# (request, expected): a backend's name, a status, or a dictionary of what is to be seen.
-Table = list[tuple[dict[str, Any] | str, Any]]
 
 CASES: dict[str, tuple[list[dict[str, Any]], Table]] = {
     "everything": ([route(rule())], [("/", "v1"), ("/a/b?c=d", "v1")]),
@@ -327,23 +324,12 @@ CASES: dict[str, tuple[list[dict[str, Any]], Table]] = {
 }  # fmt: skip
 
 
-def listener(name: str, objects: list[dict[str, Any]]) -> Any:
+def routed(name: str, objects: list[dict[str, Any]]) -> Any:
     def resolve(reference: BackendReference) -> str | None:
         return reference.key.name if reference.key.name in NAMES else None
 
     placed = [one for obj in objects for one in route_rules.compile_route(parse(obj), resolve)]
-    host = routes.host(name, ["*"], route_rules.in_order(placed))
-    manager = http.manager("test", routes.configuration(name, [host]), http.filters(), [], edge=False)
-    manager.delayed_close_timeout.CopyFrom(wire.seconds(0))
-    chain = listener_components_pb2.FilterChain(
-        filters=[listeners.network_filter("envoy.filters.network.http_connection_manager", manager)]
-    )
-    return listener_pb2.Listener(
-        name=name,
-        address=wire.socket_address("127.0.0.1", 0),
-        listener_filters=[listeners.proxy_protocol()],
-        filter_chains=[chain],
-    )
+    return listener(name, route_rules.in_order(placed))
 
 
 EXTRA: dict[str, list[dict[str, Any]]] = {
@@ -364,37 +350,14 @@ def proxy(backends: dict[str, Backend], tmp_path_factory: pytest.TempPathFactory
     clusters = [cluster(name, server.server_address[1]) for name, server in backends.items()]
     everything = {name: objects for name, (objects, _) in CASES.items()} | EXTRA
     with running(
-        tmp_path_factory.mktemp("routes"), [listener(n, objects) for n, objects in everything.items()], clusters
+        tmp_path_factory.mktemp("routes"), [routed(n, objects) for n, objects in everything.items()], clusters
     ) as made:
         yield made
 
 
-def ask(proxy: Proxy, name: str, request: dict[str, Any] | str) -> Response:
-    return proxy.request(name, **({"path": request} if isinstance(request, str) else request))
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_requests_go_where_the_route_says(proxy: Proxy, name: str) -> None:
-    for request, expected in CASES[name][1]:
-        answer = ask(proxy, name, request)
-        if isinstance(expected, int):
-            assert answer.status == expected, request
-        elif isinstance(expected, str):
-            assert (answer.status, json.loads(answer.body or "{}").get("backend")) == (200, expected), request
-        else:
-            check(request, answer, expected)
-
-
-def check(request: Any, answer: Response, expected: dict[str, Any]) -> None:
-    if "status" in expected:
-        assert answer.status == expected["status"], request
-    for name, value in expected.get("response", {}).items():
-        assert answer.headers.get(name) == value, (request, name)
-    seen = json.loads(answer.body) if "path" in expected or "headers" in expected else {}
-    if "path" in expected:
-        assert seen["path"] == expected["path"], request
-    for name, value in expected.get("headers", {}).items():
-        assert seen["headers"].get(name) == value, (request, name)
+    check_table(proxy, name, CASES[name][1])
 
 
 def test_shares_are_by_weight_and_lost_backends_keep_theirs(proxy: Proxy) -> None:

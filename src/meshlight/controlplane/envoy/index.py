@@ -11,7 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from meshlight.controlplane.envoy import backends, gateway_api, gateway_proxy, http, waypoint_proxy, wire
+from meshlight.controlplane.envoy import (
+    backends,
+    destination_rule,
+    gateway_api,
+    gateway_proxy,
+    http,
+    waypoint_proxy,
+    wire,
+)
 from meshlight.controlplane.envoy.backends import Backend
 from meshlight.controlplane.envoy.certificates import Certificates
 from meshlight.controlplane.envoy.gateway_api import Gateway
@@ -21,6 +29,7 @@ from meshlight.controlplane.envoy.policies import PolicyTargets, Target
 from meshlight.controlplane.envoy.policy_view import PolicyView, group_of
 from meshlight.controlplane.envoy.route_index import PARSERS, Effect, RouteIndex
 from meshlight.controlplane.envoy.routing import RouteKey
+from meshlight.controlplane.envoy.traffic_index import Hosts, TrafficIndex
 from meshlight.controlplane.envoy.waypoint_proxy import Frontend
 from meshlight.controlplane.facts import SERVICE_NAME, ObjectKey
 from meshlight.controlplane.index import Index
@@ -63,6 +72,7 @@ class EnvoyIndex:
         self._view = PolicyView(index, self.policies, unusable_keys)
         self.routes = RouteIndex(lambda: index.mesh, index.service)
         self.certificates = Certificates()
+        self.traffic = TrafficIndex()
         self.gateways: dict[ObjectKey, Gateway] = {}
         self.proxies: dict[ProxyKey, Proxy] = {}
         self.routes_to_report: set[RouteKey] = set()
@@ -83,6 +93,12 @@ class EnvoyIndex:
             ),
             "RequestAuthentication": lambda key, obj: self._retarget(
                 self.policies.set_authentication(self._index.mesh, key, obj)
+            ),
+            "VirtualService": lambda key, obj: self._reroute(
+                self.traffic.set_virtual_service(self._index.mesh, key, obj)
+            ),
+            "DestinationRule": lambda key, obj: self._reroute(
+                self.traffic.set_destination_rule(self._index.mesh, key, obj)
             ),
             "ReferenceGrant": self._grant,
         }
@@ -163,6 +179,16 @@ class EnvoyIndex:
                     self._touched.proxies.add(key)
                     self._touched.frontends |= proxy.services
 
+    def _reroute(self, hosts: Hosts) -> None:
+        """Note the services that Istio's traffic objects for these hosts are about."""
+        if not hosts:
+            return
+        for key in self._backends.keys() | self._frontends.keys():
+            hostname = self._index.mesh.hostname(key.name, key.namespace)
+            if any(destination_rule.covers(host, hostname) for host in hosts):
+                self._touched.backends.add(key)
+                self._touched.frontends.add(key)
+
     def _apply(self, effect: Effect) -> None:
         self.routes_to_report |= effect.routes
         for kind, key in effect.parents:
@@ -211,7 +237,7 @@ class EnvoyIndex:
         backend = self._backends.get(service)
         if backend is None:
             return
-        backend.endpoints = backends.endpoints_of(self._index, service)
+        backend.endpoints = backends.endpoints_of(self._index, self.traffic, service)
         for key in self._users.get(service, ()):
             change = changes.setdefault(key, _no_changes())[wire.ENDPOINT_TYPE]
             collection = self.proxies[key].collections[wire.ENDPOINT_TYPE]
@@ -295,13 +321,13 @@ class EnvoyIndex:
     def _backend(self, key: ObjectKey) -> Backend:
         backend = self._backends.get(key)
         if backend is None:
-            backend = self._backends[key] = backends.compile_backend(self._index, key)
+            backend = self._backends[key] = backends.compile_backend(self._index, self.traffic, key)
         return backend
 
     def _frontend(self, key: ObjectKey) -> Frontend:
         frontend = self._frontends.get(key)
         if frontend is None:
-            frontend = waypoint_proxy.compile_frontend(self._index, self.routes, self._view, key)
+            frontend = waypoint_proxy.compile_frontend(self._index, self.routes, self.traffic, self._view, key)
             self._frontends[key] = frontend
         return frontend
 

@@ -6,12 +6,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from meshlight.controlplane.envoy import clusters, http, listeners, names, route_rules, routes, wire
+from meshlight.controlplane.envoy import (
+    clusters,
+    destination_rule,
+    http,
+    listeners,
+    names,
+    route_rules,
+    routes,
+    virtual_service,
+    wire,
+)
 from meshlight.controlplane.envoy.backends import published
 from meshlight.controlplane.envoy.listeners import HTTP_CHAIN, Destination
 from meshlight.controlplane.envoy.policy_view import PolicyView, group_of
 from meshlight.controlplane.envoy.route_index import RouteIndex
-from meshlight.controlplane.envoy.routing import Route
+from meshlight.controlplane.envoy.routing import BackendReference, Route
+from meshlight.controlplane.envoy.traffic_index import TrafficIndex
+from meshlight.controlplane.envoy.virtual_service import VirtualService
 from meshlight.controlplane.facts import ObjectKey, ServicePort, address_text
 from meshlight.controlplane.index import Index
 from meshlight.controlplane.resources import Published, publish
@@ -34,8 +46,10 @@ class Frontend:
     refers_to: set[ObjectKey] = field(default_factory=set)
 
 
-def compile_frontend(index: Index, known: RouteIndex, policies: PolicyView, key: ObjectKey) -> Frontend:
-    """The frontend of a service that exists."""
+def compile_frontend(
+    index: Index, known: RouteIndex, traffic: TrafficIndex, policies: PolicyView, key: ObjectKey
+) -> Frontend:
+    """The frontend of a service that exists. Routes of the Gateway API go before a VirtualService."""
     service = index.service(key)
     assert service is not None, "only services that exist are compiled"
     hostname = index.mesh.hostname(key.name, key.namespace)
@@ -43,18 +57,31 @@ def compile_frontend(index: Index, known: RouteIndex, policies: PolicyView, key:
     targets = policies.targets_of_service(key)
     rules, guards = policies.route_rules(group_of(key), targets), policies.guards(targets)
     result = Frontend()
+    routing = traffic.routing(hostname, key.namespace)
+    if routing is not None:
+        result.refers_to.update(key for key in _services(routing) if index.service(key) is not None)
     for port in service.ports:
         cluster = names.cluster(hostname, port.port)
         http_routes = known.of_service(key, port.port, HTTP_KINDS)
         chain, other = _chains(port, cluster, has_http_routes=bool(http_routes))
         if chain != HTTP_CHAIN or other:
             tcp_routes = known.of_service(key, port.port, ("TCPRoute",))
-            result.tcp[cluster] = [*guards, _tcp(known, cluster, tcp_routes)]
+            connections = _tcp(known, cluster, tcp_routes)
+            if routing is not None and not tcp_routes:
+                connections = _connections(index, routing, port.port, cluster)
+            result.tcp[cluster] = [*guards, connections]
             _refer(result, tcp_routes)
         result.destinations += [Destination(a, port.port, chain, other) for a in addresses]
         if chain == HTTP_CHAIN:
             _refer(result, http_routes)
-            host = routes.host(hostname, ["*"], _http(known, http_routes, cluster))
+            made = _http(known, http_routes, cluster)
+            if routing is not None and routing.http and not http_routes:
+                made = virtual_service.compile_routes(
+                    routing, virtual_service.MESH, port.port, _ports(index), _resolver(index)
+                )
+            for entry in made:
+                _hash(index, traffic, entry)
+            host = routes.host(hostname, ["*"], made)
             configuration = routes.configuration(cluster, [host], rules)
             scopes = routes.scope([(a, port.port) for a in addresses], configuration)
             result.scopes += [published(wire.SCOPED_ROUTE_TYPE, scope) for scope in scopes]
@@ -125,3 +152,65 @@ def _tcp(known: RouteIndex, cluster: str, attached: list[Route]) -> Any:
 def _refer(frontend: Frontend, attached: list[Route]) -> None:
     for route in attached:
         frontend.refers_to.update(r.key for r in route.references() if r.kind == "Service")
+
+
+# Istio's own routing.
+
+
+def _connections(index: Index, routing: VirtualService, port: int, cluster: str) -> Any:
+    backends = routing.connection(virtual_service.MESH, port, None, _ports(index))
+    resolve = _resolver(index)
+    shares = [
+        (resolve(backend.reference) or names.BLACK_HOLE, backend.weight)
+        for backend in backends or ()
+        if backend.reference and backend.weight
+    ]
+    return listeners.tcp_proxy(cluster, shares or [(cluster, 1)])
+
+
+def _resolver(index: Index) -> route_rules.Clusters:
+    """A VirtualService may name what is not there: such requests are answered 503, as in Istio."""
+
+    def cluster(reference: BackendReference) -> str:
+        host = reference.key.name
+        if reference.kind == "Service":
+            host = index.mesh.hostname(reference.key.name, reference.key.namespace)
+        return names.cluster(host, reference.port, reference.subset)
+
+    return cluster
+
+
+def _ports(index: Index) -> virtual_service.Ports:
+    def ports(reference: BackendReference) -> list[int]:
+        service = index.service(reference.key) if reference.kind == "Service" else None
+        return [port.port for port in service.ports] if service else []
+
+    return ports
+
+
+def _services(routing: VirtualService) -> Iterable[ObjectKey]:
+    for rule in routing.http:
+        for backend in rule.rule.backends:
+            if backend.reference and backend.reference.kind == "Service":
+                yield backend.reference.key
+        for mirror in rule.rule.mirrors:
+            if mirror.reference.kind == "Service":
+                yield mirror.reference.key
+    for connections in (*routing.tcp, *routing.tls):
+        for backend in connections.backends:
+            if backend.reference and backend.reference.kind == "Service":
+                yield backend.reference.key
+
+
+def _hash(index: Index, traffic: TrafficIndex, entry: Any) -> None:
+    """Have a route hash requests as the DestinationRules of where it goes ask."""
+    if not entry.HasField("route"):
+        return
+    action = entry.route
+    for cluster in [action.cluster] if action.cluster else [c.name for c in action.weighted_clusters.clusters]:
+        _, port, subset, host = cluster.split("|") if cluster.count("|") == 3 else ("", "0", "", "")
+        name, _, rest = host.partition(".")
+        namespace = rest.partition(".")[0]
+        rule = traffic.rule(host, namespace, index.mesh.root_namespace) if name else None
+        if rule is not None:
+            action.hash_policy.extend(destination_rule.hash_policies(rule.settings(int(port), subset)))
