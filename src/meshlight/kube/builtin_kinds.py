@@ -69,6 +69,8 @@ BUILTIN: tuple[ResourceType, ...] = (
     _builtin("v1", "persistentvolumeclaims", "PersistentVolumeClaim", "pvc", sub="status"),
     _builtin("v1", "resourcequotas", "ResourceQuota", "quota", sub="status"),
     _builtin("v1", "limitranges", "LimitRange", "limits"),
+    _builtin("metrics.k8s.io/v1beta1", "nodes", "NodeMetrics", namespaced=False, verbs=("get", "list")),
+    _builtin("metrics.k8s.io/v1beta1", "pods", "PodMetrics", verbs=("get", "list")),
     _builtin("apps/v1", "deployments", "Deployment", "deploy", category="all", sub="scale status"),
     _builtin("apps/v1", "replicasets", "ReplicaSet", "rs", category="all", sub="scale status"),
     _builtin("apps/v1", "statefulsets", "StatefulSet", "sts", category="all", sub="scale status"),

@@ -25,7 +25,7 @@ from pathlib import Path
 import uvloop
 from aiohttp import web
 
-from meshlight.kube import deletion, discovery, kubelet_streams, openapi, pod_subresources, reviews
+from meshlight.kube import deletion, discovery, kubelet_streams, metrics_api, openapi, pod_subresources, reviews
 from meshlight.kube.audit import AuditLog
 from meshlight.kube.authentication import Attributes
 from meshlight.kube.authorization import Authorizer, node_may_touch
@@ -191,6 +191,8 @@ class Server:
         self._authorize(request, target)
         if target.served.verbs == ("create",) and request.method != "POST":
             raise not_allowed()
+        if target.served.resource.group == metrics_api.GROUP:
+            return await self._metrics(request, target)
         match request.method:
             case "GET" if target.subresource == "log":
                 return await self.kubelets.logs(request, *self._placed(target))
@@ -216,6 +218,22 @@ class Server:
             case "DELETE":
                 return await self._delete(request, target)
         raise not_allowed()
+
+    async def _metrics(self, request: web.Request, target: Target) -> web.Response:
+        """What is used now: the kubelets know."""
+        if request.method != "GET" or is_watch(request):
+            raise not_allowed()
+        nodes = self.rest.store.objects("/nodes", None)
+        found = await metrics_api.serve(
+            self.kubelets.connections(),
+            nodes,
+            self.rest.core_object,
+            target.served.resource.plural,
+            target.namespace,
+            target.name,
+            request.query,
+        )
+        return answer(found)
 
     def _shape(self, request: web.Request, target: Target) -> Representation:
         shape = shape_of(request.headers.get("Accept", ""))

@@ -49,7 +49,7 @@ class Agent:
         for folder in (run / "pods", run / "hostfs"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         pki, stem = self.state / "pki", f"node-{self.node.name}"
-        api = KubeletApi(self.workers)
+        api = KubeletApi(self.node.name, self.workers)
         runner = await api.serve(
             (self.node.address, KUBELET_PORT), pki / f"{stem}.crt", pki / f"{stem}.key", pki / "ca.crt"
         )

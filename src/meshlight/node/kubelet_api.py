@@ -15,10 +15,12 @@ from pathlib import Path
 import orjson
 from aiohttp import web
 
+from meshlight.kube.resources import Object
 from meshlight.node import portforward, streaming
 from meshlight.node.containers import ContainerState
 from meshlight.node.logfile import LogOptions, stream
 from meshlight.node.runtime import Sandbox, SandboxError
+from meshlight.node.usage import UsageMeter, exposition, summary
 from meshlight.node.worker import PodWorker
 
 MASTERS = "system:masters"
@@ -41,8 +43,9 @@ def _running(state: ContainerState, attempt: int) -> bool:
 class KubeletApi:
     """Serves the node's API over its workers, which are keyed by pod uid."""
 
-    def __init__(self, workers: Mapping[str, PodWorker]) -> None:
-        self._workers = workers
+    def __init__(self, node: str, workers: Mapping[str, PodWorker]) -> None:
+        self._node, self._workers = node, workers
+        self._meter = UsageMeter(workers)
 
     async def serve(
         self, address: tuple[str, int], certificate: Path, key: Path, authority: Path
@@ -51,6 +54,8 @@ class KubeletApi:
         app = web.Application(middlewares=[_masters_only])
         app.router.add_get("/healthz", self._healthy)
         app.router.add_get("/pods", self._list)
+        app.router.add_get("/stats/summary", self._stats)
+        app.router.add_get("/metrics/resource", self._metrics)
         app.router.add_get("/containerLogs/{namespace}/{pod}/{container}", self._logs)
         app.router.add_get("/exec/{namespace}/{pod}/{container}", self._exec)
         app.router.add_get("/attach/{namespace}/{pod}/{container}", self._attach)
@@ -72,6 +77,15 @@ class KubeletApi:
         items = [worker.pod for worker in self._workers.values()]
         body = {"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": items}
         return web.Response(body=orjson.dumps(body), content_type="application/json")
+
+    async def _summary(self) -> Object:
+        return summary(self._node, self._workers, await self._meter.measure(), time.time())
+
+    async def _stats(self, _: web.Request) -> web.Response:
+        return web.Response(body=orjson.dumps(await self._summary()), content_type="application/json")
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        return web.Response(text=exposition(await self._summary()))
 
     def _worker(self, request: web.Request) -> PodWorker:
         wanted = (request.match_info["namespace"], request.match_info["pod"])

@@ -90,6 +90,8 @@ class Attempt:
     finished: int
     code: int | None
     signal: int
+    namespace: str = ""
+    """Its mount namespace, as the kernel names it."""
 
 
 class Sandbox:
@@ -246,7 +248,7 @@ class Sandbox:
         answer, _ = await self._ask("start", name=name, attempt=attempt, spec=program.wire(), note=note)
         known = self.attempts.setdefault(name, [])
         if not any(a.attempt == attempt for a in known):  # its end may have been told meanwhile
-            known.append(Attempt(name, attempt, note, answer["started"], 0, None, 0))
+            known.append(Attempt(name, attempt, note, answer["started"], 0, None, 0, answer["namespace"]))
         del known[:-2]
 
     def last(self, name: str) -> Attempt | None:

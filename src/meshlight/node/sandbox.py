@@ -227,6 +227,7 @@ class Container:
             "finished": 0,
             "code": None,
             "signal": 0,
+            "namespace": "",
         }
         self.pid = 0
         self.namespace = ""
@@ -478,10 +479,11 @@ class Sandbox:
                 connection.send({"id": request["id"], **result})
                 return
             container.pid, container.namespace = pid, result["namespace"]
-            container.record["started"] = time.time_ns()
+            container.record.update(started=time.time_ns(), namespace=container.namespace)
             attempts.append(container)
             del attempts[:-2]
-            connection.send({"id": request["id"], "started": container.record["started"]})
+            told = {"started": container.record["started"], "namespace": container.namespace}
+            connection.send({"id": request["id"], **told})
 
         self._fork(spec, [stdin, output[1], errors[1]], lambda: enter_root(spec), done)
         for descriptor in (stdin, output[1], errors[1]):
