@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any
 
 from meshlight.controllers.garbage_collector import Graph, Place
-from meshlight.controllers.node_lifecycle import NOT_READY, UNREACHABLE, UNSCHEDULABLE, silence, taints, unknown
+from meshlight.controllers.node_lifecycle import (
+    GRACE,
+    NOT_READY,
+    UNREACHABLE,
+    UNSCHEDULABLE,
+    NodeLifecycle,
+    taints,
+    unknown,
+)
 from meshlight.kube.resources import PODS
 
 STAMP = "2026-01-01T00:00:00Z"
@@ -20,9 +27,28 @@ def node(name: str, ready: str = "True", **spec: Any) -> dict[str, Any]:
     }
 
 
+class Quiet:
+    """A cache that holds nothing and never changes."""
+
+    def on_change(self, _: object) -> None: ...
+
+    def get(self, name: str, namespace: str = "") -> None: ...
+
+
+async def test_nobody_is_told_dead_for_a_time_in_which_nobody_listened() -> None:
+    quiet: Any = Quiet()
+    lifecycle = NodeLifecycle(quiet, quiet, quiet, quiet)
+    lease = {"metadata": {"name": "a", "namespace": "kube-node-lease"}}
+    lifecycle._renewed(None, lease)  # as read at the start, however old it is
+    assert not lifecycle._silent(node("a"))
+    assert lifecycle._silent(node("a", "Unknown")), "told dead before, and not heard of since"
+    lifecycle._renewed(lease, lease)
+    assert not lifecycle._silent(node("a", "Unknown"))
+    lifecycle._heard["a"] -= GRACE
+    assert lifecycle._silent(node("a")) and lifecycle._silent(node("never heard of"))
+
+
 def test_silent_nodes() -> None:
-    lease = {"spec": {"renewTime": "2026-01-01T00:00:00.500000Z"}}
-    assert silence(lease, datetime(2026, 1, 1, 0, 1, tzinfo=UTC)) == 59.5
     mine = {"key": "mine", "effect": "NoSchedule"}
     keys = [(t["key"], t["effect"]) for t in taints(node("a", taints=[mine]), True, STAMP)]
     assert keys == [("mine", "NoSchedule"), (UNREACHABLE, "NoSchedule"), (UNREACHABLE, "NoExecute")]

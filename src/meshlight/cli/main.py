@@ -12,13 +12,16 @@ from meshlight import __version__
 from meshlight.cli.cluster import down, kubeconfig, list_, up
 from meshlight.cli.completion import completion
 from meshlight.cli.expose import expose
+from meshlight.cli.node import node
 from meshlight.cli.run import run
 from meshlight.cli.status import status
+from meshlight.embedded.control import ControlError
 from meshlight.embedded.launch import LaunchError
 from meshlight.embedded.layout import LayoutError
 from meshlight.kube.client import ApiError, ApiUnreachable
 from meshlight.operations.boot import BootError
 from meshlight.operations.expose import ExposeError
+from meshlight.operations.nodes import NodeError
 from meshlight.operations.run import RunError
 
 
@@ -39,6 +42,7 @@ def cli() -> None:
 
     \b
     meshlight list                  every cluster you have
+    meshlight node stop NODE        what if it fails? `meshlight node -h`
     meshlight down                  stop it; nothing stays behind
 
     Output is for people on a terminal, and for programs with -o json. Exit codes: 0 done, 1 failed, 2 wrong
@@ -46,8 +50,13 @@ def cli() -> None:
     """
 
 
-for verb in (up, down, list_, kubeconfig, status, run, expose, completion):
+for verb in (up, down, list_, kubeconfig, status, run, node, expose, completion):
     cli.add_command(verb)
+
+
+_REFUSALS = (
+    ApiError, BootError, ControlError, ExposeError, LaunchError, LayoutError, NodeError, RunError,
+)  # fmt: skip
 
 
 def main() -> int:
@@ -65,7 +74,16 @@ def main() -> int:
         return _refuse(f"{error.filename} does not exist; is the cluster up? `meshlight up` boots it")
     except ApiUnreachable as error:
         return _refuse(f"{error}; is the cluster up? `meshlight up` boots it")
-    except (LaunchError, LayoutError, BootError, RunError, ExposeError, ApiError) as error:
+    except (
+        LaunchError,
+        LayoutError,
+        BootError,
+        RunError,
+        ExposeError,
+        ControlError,
+        NodeError,
+        ApiError,
+    ) as error:
         return _refuse(str(error))
     return 0
 

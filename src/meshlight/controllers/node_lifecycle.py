@@ -27,12 +27,6 @@ PRESSURE = {
 """Taints by the condition that they follow."""
 
 
-def silence(lease: Object, now: datetime) -> float:
-    """Seconds since the lease was renewed."""
-    renewed = datetime.fromisoformat(lease["spec"]["renewTime"].replace("Z", "+00:00"))
-    return (now - renewed).total_seconds()
-
-
 def ready_status(node: Object) -> str:
     """The node's Ready condition: True, False or Unknown."""
     conditions = (node.get("status") or {}).get("conditions") or []
@@ -82,6 +76,8 @@ class NodeLifecycle:
         self.client, self.nodes, self.leases, self.pods = client, nodes, leases, pods
         self.queue = WorkQueue("node-lifecycle", self.reconcile)
         self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._heard: dict[str, float] = {}  # when each Lease was last seen to change
+        self._renewals: set[str] = set()
         nodes.on_change(self._node_changed)
         leases.on_change(self._renewed)
 
@@ -102,6 +98,9 @@ class NodeLifecycle:
         if lease["metadata"]["namespace"] != "kube-node-lease":
             return
         name = lease["metadata"]["name"]
+        self._heard[name] = asyncio.get_running_loop().time()
+        if old is not None:
+            self._renewals.add(name)
         node = self.nodes.get(name)
         if node is not None and any(t["key"] == UNREACHABLE for t in node["spec"].get("taints") or []):
             self.queue.add(("", name))
@@ -112,6 +111,14 @@ class NodeLifecycle:
             timer.cancel()
         self._timers[name] = asyncio.get_running_loop().call_later(GRACE, self.queue.add, ("", name))
 
+    def _silent(self, node: Object) -> bool:
+        """Whether nothing was heard of a node for GRACE, by our own clock: no node is told dead for a time
+        in which nobody listened. One that was told dead before is so until it renews its Lease."""
+        name = node["metadata"]["name"]
+        if name not in self._renewals and ready_status(node) == "Unknown":
+            return True
+        return asyncio.get_running_loop().time() - self._heard.get(name, 0.0) >= GRACE
+
     async def reconcile(self, key: Key) -> None:
         """Write one node's taints, and its conditions when it has fallen silent."""
         node = self.nodes.get(key[1])
@@ -119,7 +126,7 @@ class NodeLifecycle:
         if node is None or lease is None:
             return
         now = datetime.now(UTC)
-        silent = silence(lease, now) >= GRACE
+        silent = self._silent(node)
         stamp = now.strftime("%Y-%m-%dT%H:%M:%SZ")
         if silent and ready_status(node) != "Unknown":
             log("warning", "node is unreachable", node=key[1])

@@ -18,6 +18,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from meshlight.embedded import control, machines
+from meshlight.embedded.control import ControlError
 from meshlight.embedded.layout import Layout
 from meshlight.node import cgroups
 from meshlight.uplink.name_service import NODE_FILE, node_file
@@ -52,6 +54,8 @@ class Part:
     failures: int = 0
     refusals: int = 0
     """Ends in a row by its own decision (not a signal) soon after a start."""
+    held: bool = False
+    """Whether it is not to run for now."""
 
     def restart_delay(self, now: float) -> float:
         """Seconds until the next start: at once after a long life, doubling to 10 s otherwise."""
@@ -117,6 +121,9 @@ class Supervisor:
             )
             for index, name in enumerate(nodes, start=1)
         ]
+        self.nodes = {
+            name: (index, part) for index, (name, part) in enumerate(zip(nodes, agents, strict=True), 1)
+        }
         way_out = ["--isolated"] if isolated else []
         uplink = Part(
             "uplink",
@@ -138,8 +145,45 @@ class Supervisor:
         # The parts wait for the API by themselves: their clients reconnect.
         for part in self.parts:
             self._start(part)
+        server = await control.serve(self.layout.state, self._obey)
         await self.stopping.wait()
+        server.close()
+        (self.layout.state / control.SOCKET).unlink(missing_ok=True)
         await self._stop()
+
+    async def _obey(self, request: control.Message) -> control.Message:
+        """Do what the command line asks for. Raises ControlError, KeyError."""
+        if request["do"] == "nodes":
+            return {"nodes": {name: self._node_state(name) for name in self.nodes}}
+        name = str(request["node"])
+        if name not in self.nodes:
+            raise ControlError(f"the cluster has no node {name}; its nodes are {', '.join(self.nodes)}")
+        index, part = self.nodes[name]
+        match request["do"]:
+            case "stop":
+                part.held = True
+                if part.pid:
+                    os.kill(part.pid, signal.SIGKILL)
+                while part.pid:
+                    self.ended.clear()
+                    await self.ended.wait()
+                await asyncio.to_thread(machines.power_off, name, index, self.layout.state)
+            case "start":
+                part.held = False
+                self._start(part)
+            case "partition":
+                machines.cut(name, index)
+            case "heal":
+                machines.mend(name, index)
+            case unknown:
+                raise ControlError(f"{unknown} is nothing that can be done with a node")
+        log("node", node=name, done=request["do"])
+        return {"state": self._node_state(name)}
+
+    def _node_state(self, name: str) -> str:
+        if self.nodes[name][1].held:
+            return "stopped"
+        return "partitioned" if machines.is_cut(name) else "running"
 
     def _lifeline_closed(self) -> None:
         """Whoever wanted the cluster is gone, however it ended."""
@@ -147,7 +191,7 @@ class Supervisor:
         self.stopping.set()
 
     def _start(self, part: Part) -> None:
-        if self.stopping.is_set():
+        if self.stopping.is_set() or part.held or part.pid:
             return
         with (self.layout.logs / f"{part.name}.log").open("ab") as output:
             process = subprocess.Popen(

@@ -10,6 +10,7 @@ import asyncio
 import base64
 import contextlib
 import os
+import socket
 import ssl
 import sys
 import tempfile
@@ -143,7 +144,7 @@ class Client:
         """The underlying HTTP session, for streaming requests of the command line."""
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(ssl=self.ssl_context, limit=0),
+                connector=aiohttp.TCPConnector(ssl=self.ssl_context, limit=0, socket_factory=_attentive_socket),
                 timeout=aiohttp.ClientTimeout(total=None, connect=10),
                 headers={"User-Agent": f"{program()}/{__version__}"},
             )
@@ -365,6 +366,24 @@ class Client:
             raise ApiUnreachable(f"watch of {resource.plural} at {self.server}: {error}") from error
         # The server closed the stream in good order; do not spin on one that does so at once.
         await asyncio.sleep(0.05)
+
+
+_SILENCE = 20
+"""Seconds after which a peer that answers nothing counts as gone, as behind a cut link."""
+
+
+def _attentive_socket(address: tuple[Any, ...]) -> socket.socket:
+    """A socket that notices within half a minute that nothing comes through any more."""
+    made = socket.socket(address[0], address[1], address[2])
+    made.setblocking(False)
+    if made.family in (socket.AF_INET, socket.AF_INET6):
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _SILENCE // 2)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _SILENCE // 4)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _SILENCE * 1000)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return made
 
 
 async def _lines(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:

@@ -102,6 +102,14 @@ def leftovers(state: Path, root: Path = ROOT) -> list[Path]:
     return [Path(folder, label) for folder, below, _ in os.walk(root) if label in below]
 
 
+def clear_pod(state: Path, uid: str, root: Path = ROOT) -> None:
+    """Take away the cgroups of a pod whose node is gone; those still in use are left."""
+    for top in leftovers(state, root):
+        for folder, _, _ in os.walk(top / uid, topdown=False):
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+
+
 def clear(state: Path, root: Path = ROOT) -> list[Path]:
     """Take away every cgroup of a cluster that runs no more; returns those that are still in use."""
     for top in leftovers(state, root):

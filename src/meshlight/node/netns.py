@@ -92,6 +92,11 @@ def create(name: str) -> Path:
     return path
 
 
+def detach(point: str) -> None:
+    """Unmount whatever is mounted there, lazily."""
+    _check(_libc.umount2(os.fsencode(point), _MNT_DETACH), f"cannot unmount {point}")
+
+
 def remove(name: str) -> None:
     """Unmount a namespace; the kernel ends it with its last process or descriptor. Absence is fine."""
     path = NETNS / name

@@ -70,6 +70,16 @@ def pod_gateway(index: int) -> str:
     return f"10.244.{index}.1"
 
 
+def node_link(index: int) -> str:
+    """Name of the fabric's end of a node's link."""
+    return f"node{index}"
+
+
+def cut_mark(node: str) -> Path:
+    """The file that says that a node's link is cut, so that an agent that starts does not mend it."""
+    return Path("/run/meshlight/nodes", node, "cut")
+
+
 def pod_link(uid: str) -> str:
     """Name of the node's end of a pod's link (at most 15 characters)."""
     return "pod" + hashlib.sha1(uid.encode(), usedforsecurity=False).hexdigest()[:12]
@@ -96,14 +106,14 @@ def enter_node(name: str, index: int) -> None:
     """
     if not 1 <= index <= 200:
         raise NetworkError(f"node index {index}: must be 1 to 200, the fabric has no more addresses")
-    link = f"node{index}"
+    link = node_link(index)
     path = netns.create(name)
     netns.inside(path, lambda: netns.set_sysctls(NODE_SYSCTLS))
     commands = []
     if not _has_interface(link):
         commands.append(f"link add {link} type veth peer name eth0 netns {name}")
     commands += [
-        f"link set {link} master {FABRIC} up",
+        f"link set {link} master {FABRIC} {'down' if cut_mark(name).exists() else 'up'}",
         # The API server answers pods at their own addresses.
         f"route replace {pod_cidr(index)} via {node_address(index)} dev {FABRIC} onlink",
     ]

@@ -74,6 +74,9 @@ class PodWorker:
         after = pod["metadata"]
         if any(before.get(k) != after.get(k) for k in ("labels", "annotations")):
             self._stale = True  # the downward API shows them in files
+        shown = (pod.get("status") or {}).get("conditions")
+        if self._told is not None and shown != self._told["conditions"]:
+            self._told = None  # as when this node was thought dead: the truth is told again
         sooner = after.get("deletionGracePeriodSeconds"), before.get("deletionGracePeriodSeconds")
         if sooner[0] is not None and sooner[1] is not None and sooner[0] < sooner[1]:
             for task in self._stopping.values():  # the decision stops them anew, with less grace
