@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from meshlight.node.enrolment import asked, obstacle, wanted
+from meshlight.kube.ambient import asked, obstacle
+from meshlight.node.enrolment import wanted
 from meshlight.node.redirection import flushed, rules
 from meshlight.operations.run import RunError, Workload, objects, resolve
 from meshlight.operations.status import Objects, summarize

@@ -9,17 +9,26 @@ from rich.console import Console
 from rich.markup import escape
 
 from meshlight import __version__
+from meshlight.cli.analyze import analyze
+from meshlight.cli.ca import ca
 from meshlight.cli.cluster import down, kubeconfig, list_, up
 from meshlight.cli.completion import completion
+from meshlight.cli.env import env, shell
 from meshlight.cli.expose import expose
+from meshlight.cli.istioctl import proxy_status, verify_install, version
 from meshlight.cli.node import node
+from meshlight.cli.policy import policy
 from meshlight.cli.run import run
 from meshlight.cli.status import status
+from meshlight.cli.why import why
+from meshlight.cli.ztunnel_config import ztunnel_config
 from meshlight.embedded.control import ControlError
 from meshlight.embedded.launch import LaunchError
 from meshlight.embedded.layout import LayoutError
 from meshlight.kube.client import ApiError, ApiUnreachable
+from meshlight.kube.port_forward import ForwardError
 from meshlight.operations.boot import BootError
+from meshlight.operations.errors import OperationError
 from meshlight.operations.expose import ExposeError
 from meshlight.operations.nodes import NodeError
 from meshlight.operations.run import RunError
@@ -41,6 +50,11 @@ def cli() -> None:
     meshlight status                its traffic is mTLS now: PROTOCOL says HBONE
 
     \b
+    meshlight why A B:80            would A reach B, and which object says so?
+    meshlight analyze -A            what is wrong with the configuration?
+    eval "$(meshlight env)"         a shell with kubectl and istioctl set up
+
+    \b
     meshlight list                  every cluster you have
     meshlight node stop NODE        what if it fails? `meshlight node -h`
     meshlight down                  stop it; nothing stays behind
@@ -50,7 +64,27 @@ def cli() -> None:
     """
 
 
-for verb in (up, down, list_, kubeconfig, status, run, node, expose, completion):
+for verb in (
+    up,
+    down,
+    list_,
+    kubeconfig,
+    env,
+    shell,
+    status,
+    run,
+    node,
+    expose,
+    why,
+    policy,
+    ca,
+    analyze,
+    proxy_status,
+    ztunnel_config,
+    verify_install,
+    version,
+    completion,
+):
     cli.add_command(verb)
 
 
@@ -84,6 +118,8 @@ def main() -> int:
         NodeError,
         ApiError,
     ) as error:
+        return _refuse(str(error))
+    except (ForwardError, OperationError) as error:
         return _refuse(str(error))
     return 0
 

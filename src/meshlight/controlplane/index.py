@@ -109,6 +109,10 @@ class Index:
         """A Pod's facts."""
         return self._pods.get(key)
 
+    def pods(self) -> Iterator[facts.Pod]:
+        """Every Pod's facts."""
+        yield from self._pods.values()
+
     def node(self, name: str) -> facts.Node | None:
         """A Node's facts."""
         return self._nodes.get(name)

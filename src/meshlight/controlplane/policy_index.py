@@ -123,6 +123,23 @@ class PolicyIndex:
         mesh = self._whole(self.root_namespace)
         return peer.inherited_strict(mesh, None if namespace == self.root_namespace else self._whole(namespace))
 
+    def mutual_tls(
+        self, namespace: str, labels: Mapping[str, str], port: int
+    ) -> tuple[peer.Mode, PeerAuthentication | None]:
+        """The mode in force on a workload's port, and the PeerAuthentication that says so (None: none does)."""
+        here = () if namespace == self.root_namespace else self._peers.get(namespace, {}).values()
+        selecting = peer.oldest(p for p in here if p.selector and _carries(labels, p.selector))
+        if (
+            selecting is not None
+            and (mode := dict(selecting.ports).get(port, peer.Mode.UNSET)) is not peer.Mode.UNSET
+        ):
+            return mode, selecting
+        whole = self._whole(namespace) if namespace != self.root_namespace else None
+        for policy in (selecting, whole, self._whole(self.root_namespace)):
+            if policy is not None and policy.mode is not peer.Mode.UNSET:
+                return policy.mode, policy
+        return peer.Mode.PERMISSIVE, None
+
     def _whole(self, namespace: str) -> PeerAuthentication | None:
         return peer.oldest(p for p in self._peers.get(namespace, {}).values() if p.selector is None)
 

@@ -150,6 +150,30 @@ class Client:
             )
         return self._session
 
+    async def text(self, path: str, params: dict[str, str] | None = None) -> str:
+        """A page that is no JSON, such as a container's log. Raises ApiError or ApiUnreachable."""
+        try:
+            async with self.session().get(
+                self.server + path,
+                params=params,
+                headers=self._headers(),
+                timeout=aiohttp.ClientTimeout(total=60),
+            ) as answer:
+                content = await answer.text()
+                if answer.status >= 400:
+                    raise ApiError(answer.status, answer.reason or "", content.strip())
+                return content
+        except aiohttp.ClientError as error:
+            raise ApiUnreachable(f"{self.server} cannot be reached: {error}") from error
+
+    @contextlib.asynccontextmanager
+    async def websocket(self, path: str, protocol: str) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
+        """A WebSocket to a path of the API; raises aiohttp.ClientError, WSServerHandshakeError among them."""
+        async with self.session().ws_connect(
+            self.server + path, protocols=(protocol,), headers=self._headers(), max_msg_size=0
+        ) as socket:
+            yield socket
+
     async def request(
         self,
         method: str,

@@ -21,15 +21,13 @@ from enum import Enum
 from pathlib import Path
 
 from meshlight.controllers.workqueue import log
+from meshlight.kube.ambient import DATAPLANE_MODE, REDIRECTION, asked, obstacle
 from meshlight.kube.client import ApiError, ApiUnreachable, Cache, Client
 from meshlight.kube.resources import EVENTS, NAMESPACES, PODS, Object
 from meshlight.node import netns, redirection
 from meshlight.node.netns import NetworkError
 from meshlight.node.zds import EnrolledPod, ZdsServer
 
-DATAPLANE_MODE = "istio.io/dataplane-mode"
-REDIRECTION = "ambient.istio.io/redirection"
-SIDECAR_STATUS = "sidecar.istio.io/status"
 DRAIN = 5.0
 """Seconds for which a pod that left keeps its listeners: for peers that have not heard of it yet."""
 UNHELD = "kube-system"
@@ -105,21 +103,6 @@ def wanted(pod: Object, namespace_mode: str | None) -> bool:
     if (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed"):
         return False
     return asked(pod, namespace_mode)
-
-
-def asked(pod: Object, namespace_mode: str | None) -> bool:
-    """Whether labels ask for a pod to be in the mesh; `istio.io/rev` makes no difference, there is one."""
-    labels = pod["metadata"].get("labels") or {}
-    return bool(labels.get(DATAPLANE_MODE, namespace_mode) == "ambient")
-
-
-def obstacle(pod: Object) -> str:
-    """Why a pod cannot be captured, whatever its labels ask for; empty if it can."""
-    if pod["spec"].get("hostNetwork"):
-        return "it is on the host's network, which it shares with other programs"
-    if SIDECAR_STATUS in (pod["metadata"].get("annotations") or {}):
-        return f"it has a sidecar (annotation {SIDECAR_STATUS})"
-    return ""
 
 
 def _mode_of(namespace: Object) -> str | None:

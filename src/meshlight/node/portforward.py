@@ -12,7 +12,7 @@ import socket
 
 from aiohttp import WSMsgType, web
 
-from meshlight.node import spdy
+from meshlight.kube import spdy
 from meshlight.node.runtime import Sandbox, SandboxError
 
 PROTOCOL = "SPDY/3.1+portforward.k8s.io"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 SYN_STREAM, SYN_REPLY, RST_STREAM, SETTINGS, PING, GOAWAY, HEADERS, WINDOW_UPDATE = 1, 2, 3, 4, 6, 7, 8, 9
@@ -116,8 +116,20 @@ class Session:
 
     def reply(self, stream: int) -> bytes:
         """SYN_REPLY without headers."""
-        block = self._deflate.compress(bytes(4)) + self._deflate.flush(zlib.Z_SYNC_FLUSH)
-        return control(SYN_REPLY, 0, stream.to_bytes(4, "big") + block)
+        return control(SYN_REPLY, 0, stream.to_bytes(4, "big") + self._block({}))
+
+    def open(self, stream: int, headers: Mapping[str, str], fin: bool = False) -> bytes:
+        """SYN_STREAM; `fin` closes our side of it at once. A client's streams have odd numbers."""
+        head = struct.pack(">IIH", stream, 0, 0)
+        return control(SYN_STREAM, FIN if fin else 0, head + self._block(headers))
+
+    def _block(self, headers: Mapping[str, str]) -> bytes:
+        raw = len(headers).to_bytes(4, "big")
+        for pair in headers.items():
+            for word in pair:
+                encoded = word.encode()
+                raw += len(encoded).to_bytes(4, "big") + encoded
+        return self._deflate.compress(raw) + self._deflate.flush(zlib.Z_SYNC_FLUSH)
 
 
 def control(kind: int, flags: int, body: bytes) -> bytes:

@@ -1,0 +1,7 @@
+"""What a verb could not do, said so that its user can go on."""
+
+from __future__ import annotations
+
+
+class OperationError(Exception):
+    """The message says what was expected, what was found and what to do next."""
