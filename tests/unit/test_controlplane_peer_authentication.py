@@ -8,9 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from controlplane_objects import security
 
+from meshlight.controlplane import peer_authentication as peer
 from meshlight.controlplane.facts import ObjectKey
-from meshlight.controlplane.policy_index import PolicyIndex
+from meshlight.controlplane.policy_index import Effect, PolicyIndex, Selection
 
 ROOT = "istio-system"
 LABELS = {"app": "web"}
@@ -36,8 +38,10 @@ def policy(
     return ObjectKey(namespace, name), {"metadata": metadata, "spec": spec}
 
 
-def index(*policies: tuple[ObjectKey, dict[str, Any]]) -> PolicyIndex:
+def index(*policies: tuple[ObjectKey, dict[str, Any]], known: bool = False) -> PolicyIndex:
     result = PolicyIndex(ROOT)
+    for name in (ROOT, "shop") if known else ():
+        result.set_namespace(name, exists=True)
     for key, obj in policies:
         result.set_peer_authentication(key, obj)
     return result
@@ -45,7 +49,11 @@ def index(*policies: tuple[ObjectKey, dict[str, Any]]) -> PolicyIndex:
 
 def plaintext_accepted(policies: PolicyIndex, port: int, namespace: str = "shop") -> bool:
     """Evaluate for a connection without identity. Every policy here is a DENY by port and presence."""
-    for name in policies.attached(namespace, LABELS):
+    attached = policies.attached(namespace, LABELS)
+    whole = ObjectKey(namespace, peer.NAMESPACE_STRICT)
+    if policies.authorization(whole) is not None:
+        attached = [*attached, str(whole)]
+    for name in attached:
         space, _, policy_name = name.partition("/")
         authorization = policies.authorization(ObjectKey(space, policy_name))
         assert authorization is not None, f"{name} is attached but not published"
@@ -93,9 +101,16 @@ MODES = [
 ]
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["as a whole", "by attachment"])
 @pytest.mark.parametrize(("mesh", "namespace", "own", "port", "on_port", "elsewhere"), MODES)
 def test_inheritance(
-    mesh: str | None, namespace: str | None, own: str | None, port: str | None, on_port: bool, elsewhere: bool
+    mesh: str | None,
+    namespace: str | None,
+    own: str | None,
+    port: str | None,
+    on_port: bool,
+    elsewhere: bool,
+    known: bool,
 ) -> None:
     policies = []
     if mesh:
@@ -105,7 +120,7 @@ def test_inheritance(
     if own:
         ports = {80: port} if port else None
         policies.append(policy("shop", own, name="own", selector=LABELS, ports=ports))
-    present = index(*policies)
+    present = index(*policies, known=known)
     assert plaintext_accepted(present, 80) is on_port
     assert plaintext_accepted(present, 81) is elsewhere
 
@@ -155,7 +170,8 @@ def test_a_mesh_change_renews_converted_policies_of_every_namespace() -> None:
     present = index(own)
     effect = present.set_peer_authentication(*policy(ROOT, "STRICT"))
     assert ObjectKey("shop", "converted_peer_authentication_own") in effect.policies
-    assert [selection.namespace for selection in effect.selections] == [None]
+    assert "shop" in [selection.namespace for selection in effect.selections]
+    assert effect.unknown_namespaces
     assert present.authorization(ObjectKey("shop", "converted_peer_authentication_own")) is not None
 
 
@@ -164,3 +180,66 @@ def test_an_unchanged_policy_has_no_effect() -> None:
     effect = present.set_peer_authentication(*policy("shop", "STRICT"))
     assert not effect.policies
     assert not effect.selections
+
+
+class TestNamespacesAsAWhole:
+    """A namespace in which nothing is selected is made strict by one policy, whatever it holds."""
+
+    def strict(self, present: PolicyIndex, space: str = "shop") -> bool:
+        return present.authorization(ObjectKey(space, peer.NAMESPACE_STRICT)) is not None
+
+    def known(self) -> PolicyIndex:
+        present = PolicyIndex(ROOT)
+        for name in (ROOT, "shop", "bank"):
+            present.set_namespace(name, exists=True)
+        return present
+
+    def put(self, present: PolicyIndex, name: str, space: str, **spec: Any) -> Effect:
+        return present.set_peer_authentication(
+            ObjectKey(space, name), security("PeerAuthentication", name, space, **spec)
+        )
+
+    def test_turning_strict_on_and_off_touches_no_workload(self) -> None:
+        present = self.known()
+        effect = self.put(present, "default", ROOT, mtls={"mode": "STRICT"})
+        assert effect.selections == []
+        wanted = {ObjectKey(space, peer.NAMESPACE_STRICT) for space in (ROOT, "shop", "bank")}
+        assert wanted <= effect.policies
+        assert self.strict(present) and self.strict(present, ROOT)
+        assert present.attached("shop", {"app": "web"}) == []
+        assert present.attached("new", {}) == [f"{ROOT}/{peer.STATIC_STRICT}"], "not heard of yet: attached"
+        assert effect.unknown_namespaces
+        self.put(present, "default", "shop", mtls={"mode": "PERMISSIVE"})
+        assert not self.strict(present) and self.strict(present, "bank")
+        effect = self.put(present, "default", ROOT, mtls={"mode": "PERMISSIVE"})
+        assert effect.selections == []
+        assert not self.strict(present, "bank")
+
+    def test_where_workloads_are_selected_each_names_its_policy(self) -> None:
+        present = self.known()
+        self.put(present, "default", ROOT, mtls={"mode": "STRICT"})
+        chosen = {"matchLabels": {"app": "web"}}
+        effect = self.put(present, "web", "shop", selector=chosen, mtls={"mode": "PERMISSIVE"})
+        assert Selection("shop") in effect.selections
+        assert not self.strict(present) and self.strict(present, "bank")
+        assert present.attached("shop", {"app": "web"}) == []
+        assert present.attached("shop", {"app": "db"}) == [f"{ROOT}/{peer.STATIC_STRICT}"]
+        again = self.put(
+            present, "db", "shop", selector={"matchLabels": {"app": "db"}}, mtls={"mode": "STRICT"}
+        )
+        assert Selection("shop") not in again.selections, "the way stays the same"
+        for name in ("web", "db"):
+            effect = present.set_peer_authentication(ObjectKey("shop", name), None)
+        assert Selection("shop") in effect.selections
+        assert self.strict(present)
+
+    def test_a_namespace_that_comes_and_goes(self) -> None:
+        present = self.known()
+        self.put(present, "default", ROOT, mtls={"mode": "STRICT"})
+        effect = present.set_namespace("new", exists=True)
+        assert effect.policies == {ObjectKey("new", peer.NAMESPACE_STRICT)}
+        assert effect.selections == [Selection("new")]
+        assert self.strict(present, "new")
+        assert present.set_namespace("new", exists=True) == Effect()
+        present.set_namespace("new", exists=False)
+        assert not self.strict(present, "new")

@@ -179,6 +179,7 @@ class Index:
         self._touched_pods |= self._pods_by_node[key.name]
 
     def _namespace(self, key: ObjectKey, obj: Object | None) -> None:
+        self._apply(self.policies.set_namespace(key.name, exists=obj is not None))
         labels = None if obj is None else obj["metadata"].get("labels") or {}
         if self.waypoints.set_namespace(key.name, labels):
             self._rebind(Touched({key.name}))
@@ -249,6 +250,11 @@ class Index:
         for selection in effect.selections:
             self._touched_pods.update(self._selected(selection))
             self.external.touch_selected(selection)
+        if effect.unknown_namespaces:
+            for space in self._pods_by_namespace.names():
+                if not self.policies.knows(space):
+                    self._touched_pods |= self._pods_by_namespace[space]
+                    self.external.touch_namespace(space)
 
     def _service_entry(self, key: ObjectKey, obj: Object | None) -> None:
         for selection in self.external.set_service_entry(key, obj):

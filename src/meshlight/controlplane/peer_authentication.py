@@ -2,7 +2,9 @@
 
 The node proxy knows no PeerAuthentication, only L4 policies. As in Istio, STRICT becomes a DENY of
 connections without identity: one shared policy for workloads that are strict throughout, and one
-converted policy for every PeerAuthentication that makes exceptions by port. Pure.
+converted policy for every PeerAuthentication that makes exceptions by port. A namespace in which no
+PeerAuthentication selects workloads has one policy for all of them, so that turning STRICT on or off
+touches policies and not every workload. Pure.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ from meshlight.kube.resources import Object
 from meshlight.proto import authorization_pb2 as rbac
 
 STATIC_STRICT = "istio_converted_static_strict"
+NAMESPACE_STRICT = "istio_converted_static_strict_namespace"
 CONVERTED_PREFIX = "converted_peer_authentication_"
-"""Both hold '_', which no Kubernetes name may, so that no user's policy can clash with them."""
+"""All hold '_', which no Kubernetes name may, so that no user's policy can clash with them."""
 
 
 class Mode(Enum):
@@ -100,6 +103,13 @@ def attached(policy: PeerAuthentication | None, inherited: bool, root_namespace:
 def static_strict(root_namespace: str) -> rbac.Authorization:
     """The policy shared by every workload that is strict throughout."""
     return _deny(ObjectKey(root_namespace, STATIC_STRICT), rbac.Match(not_principals=[_present()]))
+
+
+def namespace_strict(namespace: str) -> rbac.Authorization:
+    """The policy of a namespace all of whose workloads are strict throughout: none of them need name it."""
+    policy = _deny(ObjectKey(namespace, NAMESPACE_STRICT), rbac.Match(not_principals=[_present()]))
+    policy.scope = rbac.NAMESPACE
+    return policy
 
 
 def convert(policy: PeerAuthentication, inherited: bool) -> rbac.Authorization | None:

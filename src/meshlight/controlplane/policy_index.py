@@ -30,10 +30,14 @@ class Selection:
 
 @dataclass(slots=True)
 class Effect:
-    """What a change of one policy may have changed."""
+    """What a change of one policy may have changed.
+
+    `unknown_namespaces`: also the attachments of workloads whose namespaces this index has not heard of.
+    """
 
     policies: set[ObjectKey] = field(default_factory=set)
     selections: list[Selection] = field(default_factory=list)
+    unknown_namespaces: bool = False
 
 
 class PolicyIndex:
@@ -45,6 +49,7 @@ class PolicyIndex:
         self._compiled: dict[ObjectKey, CompiledPolicy] = {}
         self._selecting: defaultdict[str, dict[ObjectKey, CompiledPolicy]] = defaultdict(dict)
         self._peers: defaultdict[str, dict[ObjectKey, PeerAuthentication]] = defaultdict(dict)
+        self._namespaces: set[str] = set()
 
     def set_trust(self, trust: TrustDomains) -> None:
         """Compile what is taken from now on for other trust domains; the caller sets all policies anew."""
@@ -57,9 +62,10 @@ class PolicyIndex:
         if old == new:
             return Effect()
         effect = Effect({key})
-        for policy in (old, new):
-            if policy is not None and policy.selector and policy.authorization is not None:
-                effect.selections.append(Selection(self._reach(key.namespace), policy.selector))
+        chosen = [p.selector if p is not None and p.authorization is not None else None for p in (old, new)]
+        if chosen[0] != chosen[1]:  # else the same workloads name it as before
+            reach = self._reach(key.namespace)
+            effect.selections += [Selection(reach, selector) for selector in chosen if selector]
         self._selecting[key.namespace].pop(key, None)
         if new is None:
             self._compiled.pop(key, None)
@@ -88,19 +94,58 @@ class PolicyIndex:
             if policy is None:
                 continue
             if policy.selector is None:
-                reach = self._reach(key.namespace)
-                effect.selections.append(Selection(reach))
-                spaces = [key.namespace] if reach else list(self._peers)
-                effect.policies |= {p.converted for s in spaces for p in self._peers[s].values() if p.selector}
+                self._inherit(key.namespace, effect)
             else:
                 effect.selections.append(Selection(key.namespace, policy.selector))
                 effect.policies.add(policy.converted)
+        others = any(p.selector for k, p in here.items() if k != key)
+        selected_before, selects_now = (p is not None and p.selector is not None for p in (old, new))
+        if selected_before != selects_now and not others and key.namespace != self.root_namespace:
+            # The first that selects, or the last: how the whole namespace is made strict changes.
+            effect.policies.add(ObjectKey(key.namespace, peer.NAMESPACE_STRICT))
+            effect.selections.append(Selection(key.namespace))
         return effect
+
+    def _inherit(self, namespace: str, effect: Effect) -> None:
+        """A whole namespace's or the mesh's policy changed: what those below inherit may have."""
+        spaces = {*self._namespaces, *self._peers} if namespace == self.root_namespace else {namespace}
+        for space in spaces:
+            effect.policies.add(ObjectKey(space, peer.NAMESPACE_STRICT))
+            effect.policies |= {p.converted for p in self._peers.get(space, {}).values() if p.selector}
+            if not self._as_a_whole(space):
+                effect.selections.append(Selection(space))
+        effect.unknown_namespaces = namespace == self.root_namespace
+
+    def set_namespace(self, name: str, *, exists: bool) -> Effect:
+        """Take a namespace's existence."""
+        if exists == (name in self._namespaces):
+            return Effect()
+        if exists:
+            self._namespaces.add(name)
+        else:
+            self._namespaces.discard(name)
+        attachments = [Selection(name)] if self.inherited_strict(name) else []
+        return Effect({ObjectKey(name, peer.NAMESPACE_STRICT)}, attachments)
+
+    def knows(self, namespace: str) -> bool:
+        """Whether a namespace has been heard of."""
+        return namespace in self._namespaces
+
+    def _as_a_whole(self, namespace: str) -> bool:
+        """Whether one policy makes a namespace strict, rather than attachments to its workloads."""
+        if namespace not in self._namespaces:
+            return False
+        if namespace == self.root_namespace:
+            return True
+        return not any(p.selector for p in self._peers.get(namespace, {}).values())
 
     def authorization(self, key: ObjectKey) -> rbac.Authorization | None:
         """The policy as the node proxy is to have it; None when there is none of that name."""
         if key == ObjectKey(self.root_namespace, peer.STATIC_STRICT):
             return peer.static_strict(self.root_namespace) if any(self._peers.values()) else None
+        if key.name == peer.NAMESPACE_STRICT:
+            strict = self._as_a_whole(key.namespace) and self.inherited_strict(key.namespace)
+            return peer.namespace_strict(key.namespace) if strict else None
         if key.name.startswith(peer.CONVERTED_PREFIX):
             source = ObjectKey(key.namespace, key.name.removeprefix(peer.CONVERTED_PREFIX))
             policy = self._peers[key.namespace].get(source)
@@ -152,6 +197,8 @@ class PolicyIndex:
             for key, policy in self._selecting.get(space, {}).items()
             if policy.selector and _carries(labels, policy.selector)
         )
+        if self._as_a_whole(namespace):
+            return names
         selecting = None
         if namespace != self.root_namespace:
             here = self._peers.get(namespace, {}).values()

@@ -287,6 +287,8 @@ Scopes = Callable[[ProxyKey], Mapping[str, Resources]]
 
 _ORDER = {type_url: place for place, type_url in enumerate((AUTHORIZATION_TYPE, *wire.TYPES))}
 _LAST = len(_ORDER)
+# While something still counts on them: a policy that is replaced goes once its replacement is there.
+_REMOVED_LAST = (wire.CLUSTER_TYPE, AUTHORIZATION_TYPE)
 
 
 class Session:
@@ -335,11 +337,12 @@ class Session:
 
     def respond(self, now: float) -> Iterator[Response]:
         """Every response that is owed, in an order in which nothing names what the client does not have:
-        policies before workloads, clusters before routes, and removals of clusters after everything."""
+        policies before workloads, clusters before routes, and removals of both after everything."""
         for type_url in sorted(self.subscriptions, key=lambda type_url: _ORDER.get(type_url, _LAST)):
-            yield from self._respond(type_url, now, removals=type_url != wire.CLUSTER_TYPE)
-        if wire.CLUSTER_TYPE in self.subscriptions:
-            yield from self._respond(wire.CLUSTER_TYPE, now, removals=True)
+            yield from self._respond(type_url, now, removals=type_url not in _REMOVED_LAST)
+        for type_url in _REMOVED_LAST:
+            if type_url in self.subscriptions:
+                yield from self._respond(type_url, now, removals=True)
 
     def _respond(self, type_url: str, now: float, *, removals: bool) -> Iterator[Response]:
         nonce = f"{self.id}-{next(self._nonces)}"

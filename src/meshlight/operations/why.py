@@ -259,7 +259,7 @@ def _judge(snapshot: Snapshot, route: Route, connection: Connection, workload: A
 
 
 def _converted(name: str) -> bool:
-    return name == peer.STATIC_STRICT or name.startswith(peer.CONVERTED_PREFIX)
+    return name.startswith((peer.STATIC_STRICT, peer.CONVERTED_PREFIX))
 
 
 def _tell(snapshot: Snapshot, route: Route, decision: Decision, stage: str) -> None:
