@@ -12,10 +12,11 @@ from typing import Any
 
 import yaml
 
-from meshlight.controlplane.settings import ExtensionProvider, Mesh, NamespaceSelector
+from meshlight.controlplane.settings import ExtensionProvider, Mesh, NamespaceSelector, Tracing
 from meshlight.kube.resources import Object
 
 NAME, KEY = "istio", "mesh"
+NO_TRACING = Tracing()
 
 
 class MeshConfigError(ValueError):
@@ -30,6 +31,8 @@ class MeshConfig:
     trust_domain_aliases: tuple[str, ...] = ()
     discovery_selectors: tuple[NamespaceSelector, ...] = ()
     extension_providers: tuple[ExtensionProvider, ...] = ()
+    tracing: Tracing = NO_TRACING
+    access_log: bool = False
 
     def laid_over(self, mesh: Mesh) -> Mesh:
         """The settings of the environment with these in their place; what is unsaid stays."""
@@ -39,6 +42,8 @@ class MeshConfig:
             trust_domain_aliases=self.trust_domain_aliases,
             discovery_selectors=self.discovery_selectors,
             extension_providers=self.extension_providers,
+            tracing=self.tracing,
+            access_log=self.access_log,
         )
 
 
@@ -57,7 +62,22 @@ def parse(config_map: Object | None) -> MeshConfig:
     if not isinstance(aliases, list) or not all(isinstance(a, str) and a and "/" not in a for a in aliases):
         raise MeshConfigError("trustDomainAliases: a list of trust domains is expected")
     selectors = _selectors(config.get("discoverySelectors") or [])
-    return MeshConfig(domain, tuple(aliases), selectors, _providers(config.get("extensionProviders") or []))
+    providers = _providers(config.get("extensionProviders") or [])
+    access_log = bool(config.get("accessLogFile"))
+    return MeshConfig(domain, tuple(aliases), selectors, providers, _tracing(config), access_log)
+
+
+def _tracing(config: dict[str, Any]) -> Tracing:
+    """`enableTracing` and `defaultConfig.tracing`; Istio's default sampling is one request in a hundred."""
+    tracing = (config.get("defaultConfig") or {}).get("tracing") or {}
+    try:
+        sampling = float(tracing.get("sampling", 1.0))
+    except (TypeError, ValueError):
+        raise MeshConfigError("defaultConfig.tracing.sampling: a number of percent is expected") from None
+    address = str((tracing.get("zipkin") or {}).get("address") or "")
+    if address and not address.rpartition(":")[2].isdigit():
+        raise MeshConfigError(f"defaultConfig.tracing.zipkin.address: {address!r} is not HOST:PORT")
+    return Tracing(address, sampling, config.get("enableTracing", True) is not False)
 
 
 def _providers(values: Any) -> tuple[ExtensionProvider, ...]:

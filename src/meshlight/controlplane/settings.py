@@ -82,6 +82,15 @@ class ExtensionProvider:
 
 
 @dataclass(frozen=True, slots=True)
+class Tracing:
+    """Where spans go: a Zipkin collector as HOST:PORT, and the share (percent) of requests traced."""
+
+    zipkin: str = ""
+    sampling: float = 1.0
+    enabled: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Mesh:
     """Names every part of the control plane agrees on."""
 
@@ -93,6 +102,8 @@ class Mesh:
     trust_domain_aliases: tuple[str, ...] = ()
     discovery_selectors: tuple[NamespaceSelector, ...] = ()
     extension_providers: tuple[ExtensionProvider, ...] = ()
+    tracing: Tracing = Tracing()
+    access_log: bool = False
 
     def hostname(self, service: str, namespace: str) -> str:
         """The full name of a Kubernetes Service."""

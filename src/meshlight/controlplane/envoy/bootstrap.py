@@ -17,11 +17,17 @@ function envoy_on_response(handle)
   local body = handle:body()
   if body then
     local text = body:getBytes(0, body:length())
-    body:setBytes((string.gsub(text, "envoy_istio_", "istio_")))
+    text = string.gsub(text, "envoy_istio_", "istio_")
+    text = string.gsub(text, '([%w_]+)="%-?"', function(label)
+      if label == "response_flags" then return label .. '="-"' end
+      if label == "grpc_response_status" then return label .. '=""' end
+      return label .. '="unknown"'
+    end)
+    body:setBytes(text)
   end
 end
 """
-"""Envoy puts its own name before every metric; Istio's have none."""
+"""Envoy puts its own name before every metric, Istio none; where Envoy says `-`, Istio says `unknown`."""
 
 _BUCKETS_OF_SIZES = [1.0, 5.0, 10.0, 50.0, 100.0, 500.0] + [10.0**n for n in range(3, 8)]
 

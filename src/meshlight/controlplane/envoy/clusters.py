@@ -13,7 +13,7 @@ from envoy.extensions.upstreams.http.v3 import http_protocol_options_pb2 as http
 
 from meshlight.controlplane.envoy import names, wire
 from meshlight.controlplane.envoy.endpoints import METADATA
-from meshlight.controlplane.facts import Service, ServicePort
+from meshlight.controlplane.facts import ObjectKey, Service, ServicePort
 from meshlight.proto import workload_pb2 as wds
 
 _HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
@@ -32,10 +32,13 @@ def of_port(hostname: str, service: Service, port: ServicePort, subset: str = ""
         circuit_breakers=unlimited(),
     )
     result.typed_extension_protocol_options[_HTTP_OPTIONS].CopyFrom(wire.packed(protocol(port.app_protocol)))
-    result.metadata.filter_metadata[METADATA].update(
-        {"service": hostname, "service_name": service.key.name, "service_namespace": service.key.namespace}
-    )
+    result.metadata.filter_metadata[METADATA].update(described(hostname, service.key))
     return result
+
+
+def described(hostname: str, key: ObjectKey) -> dict[str, str]:
+    """A service, by the names of the metrics' labels."""
+    return {"service": hostname, "service_name": key.name, "service_namespace": key.namespace}
 
 
 def protocol(declared: int) -> Any:
@@ -89,3 +92,20 @@ def black_hole() -> Any:
         type=cluster_pb2.Cluster.STATIC,
         connect_timeout=wire.seconds(1),
     )
+
+
+def by_name(name: str, host: str, port: int, *, http2: bool) -> Any:
+    """A cluster of whatever a host name resolves to, such as a collector."""
+    result = cluster_pb2.Cluster(
+        name=name,
+        type=cluster_pb2.Cluster.STRICT_DNS,
+        dns_lookup_family=cluster_pb2.Cluster.V4_PREFERRED,
+        connect_timeout=wire.seconds(CONNECT_TIMEOUT),
+        circuit_breakers=unlimited(),
+    )
+    result.load_assignment.cluster_name = name
+    endpoint = result.load_assignment.endpoints.add().lb_endpoints.add().endpoint
+    endpoint.address.CopyFrom(wire.socket_address(host, port))
+    spoken = protocol(wds.HTTP2 if http2 else wds.HTTP11)
+    result.typed_extension_protocol_options[_HTTP_OPTIONS].CopyFrom(wire.packed(spoken))
+    return result

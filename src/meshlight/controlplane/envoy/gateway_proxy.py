@@ -33,6 +33,7 @@ from meshlight.controlplane.envoy.certificates import Certificates
 from meshlight.controlplane.envoy.gateway_api import Gateway, Listener, SecretReference, attach, covers
 from meshlight.controlplane.envoy.route_index import RouteIndex
 from meshlight.controlplane.envoy.routing import Problem, Route
+from meshlight.controlplane.envoy.told import Told
 from meshlight.controlplane.facts import ObjectKey
 from meshlight.controlplane.resources import Published
 
@@ -93,10 +94,10 @@ class Edge:
 
 def compile_gateway(
     serving: Iterable[ListenerState], known: RouteIndex, held: Certificates, filters: list[Any],
-    rules: Mapping[str, Any], guards: list[Any],
+    rules: Mapping[str, Any], guards: list[Any], told: Told,
 ) -> Edge:  # fmt: skip
     """A gateway's listeners, routes and certificates."""
-    result = Edge([published(wire.CLUSTER_TYPE, clusters.black_hole())])
+    result = Edge([published(wire.CLUSTER_TYPE, clusters.black_hole()), *told.clusters])
     by_port: dict[int, list[ListenerState]] = {}
     for state in serving:
         if state.serves:
@@ -112,14 +113,14 @@ def compile_gateway(
         if plain:
             name = f"http.{port}"
             result.resources.append(_routes(name, port, plain, known, rules))
-            chains.append(_http_chain(name, filters))
+            chains.append(_http_chain(name, filters, told))
         for state in group:
             if state.listener.protocol == "HTTPS":
                 name = f"https.{port}.{state.listener.name}"
                 result.resources.append(_routes(name, port, [state], known, rules))
-                chains.append(_http_chain(name, filters, state.listener))
+                chains.append(_http_chain(name, filters, told, state.listener))
             elif state.listener.protocol in ("TLS", "TCP"):
-                chains += _connection_chains(state, known, guards)
+                chains += _connection_chains(state, known, guards, told)
         if chains:
             result.resources.append(_listener(port, chains, tls=not plain))
     return result
@@ -142,9 +143,14 @@ def _listener(port: int, chains: list[Any], *, tls: bool) -> Published:
     return published(wire.LISTENER_TYPE, message)
 
 
-def _http_chain(name: str, filters: list[Any], tls: Listener | None = None) -> Any:
+def _http_chain(name: str, filters: list[Any], told: Told, tls: Listener | None = None) -> Any:
     manager = http.manager(
-        name, hcm.Rds(config_source=wire.ads(), route_config_name=name), filters, [], edge=True
+        name,
+        hcm.Rds(config_source=wire.ads(), route_config_name=name),
+        filters,
+        told.access_logs,
+        told.tracing,
+        edge=True,
     )
     chain = parts.FilterChain(
         name=name,
@@ -192,7 +198,7 @@ def _owner(hostname: str, group: Iterable[ListenerState]) -> ListenerState | Non
     return max(covering, key=lambda state: len(state.listener.hostname), default=None)
 
 
-def _connection_chains(state: ListenerState, known: RouteIndex, guards: list[Any]) -> list[Any]:
+def _connection_chains(state: ListenerState, known: RouteIndex, guards: list[Any], told: Told) -> list[Any]:
     """Connections that are not HTTP here: TCP, TLS passed on, or TLS that ends here with TCP inside."""
     chains = []
     for route, hostnames in state.routes:
@@ -204,7 +210,7 @@ def _connection_chains(state: ListenerState, known: RouteIndex, guards: list[Any
                 if b.weight
             ]
             name = f"{state.listener.protocol.lower()}.{state.listener.port}.{route.key}"
-            proxy = listeners.tcp_proxy(name, shares or [(names.BLACK_HOLE, 1)])
+            proxy = listeners.tcp_proxy(name, shares or [(names.BLACK_HOLE, 1)], told.connection_logs)
             chain = parts.FilterChain(name=name, filters=[listeners.source(), *guards, proxy])
             if state.listener.protocol == "TLS":
                 _server_names(chain, hostnames)

@@ -29,6 +29,8 @@ from meshlight.controlplane.envoy.policies import PolicyTargets, Target
 from meshlight.controlplane.envoy.policy_view import PolicyView, group_of
 from meshlight.controlplane.envoy.route_index import PARSERS, Effect, RouteIndex
 from meshlight.controlplane.envoy.routing import RouteKey
+from meshlight.controlplane.envoy.telemetry_settings import TelemetryIndex
+from meshlight.controlplane.envoy.told import Told, compile_told, reporter_of
 from meshlight.controlplane.envoy.traffic_index import Hosts, TrafficIndex
 from meshlight.controlplane.envoy.waypoint_proxy import Frontend
 from meshlight.controlplane.facts import SERVICE_NAME, ObjectKey
@@ -69,6 +71,7 @@ class EnvoyIndex:
     def __init__(self, index: Index, unusable_keys: str) -> None:
         self._index = index
         self.policies = PolicyTargets()
+        self._telemetry = TelemetryIndex()
         self._view = PolicyView(index, self.policies, unusable_keys)
         self.routes = RouteIndex(lambda: index.mesh, index.service)
         self.certificates = Certificates()
@@ -87,6 +90,7 @@ class EnvoyIndex:
             "Service": self._service,
             "EndpointSlice": self._slice,
             "Secret": self._secret,
+            "Telemetry": self._tell,
             "Pod": lambda key, _: self._touched.endpoints.update(self._index.services_of_pod(key)),
             "AuthorizationPolicy": lambda key, obj: self._retarget(
                 self.policies.set_authorization(self._index.mesh, key, obj)
@@ -135,6 +139,11 @@ class EnvoyIndex:
         for gateway in self.gateways.values():
             if any(listener.allowed == "Selector" for listener in gateway.listeners):
                 self._apply(self.routes.parent_changed(("Gateway", gateway.key)))
+
+    def _tell(self, key: ObjectKey, obj: Object | None) -> None:
+        self._telemetry.set(self._index.mesh, key, obj)
+        root = key.namespace == self._index.mesh.root_namespace
+        self._touched.proxies.update(p for p in self.proxies if root or p.namespace == key.namespace)
 
     def _secret(self, key: ObjectKey, obj: Object | None) -> None:
         if self.certificates.set_secret(key, obj):
@@ -278,7 +287,8 @@ class EnvoyIndex:
         for frontend in frontends.values():
             _add(resources, frontend.scopes)
         groups = [(group_of(key), self._view.targets_of_service(key)) for key in frontends]
-        _add(resources, waypoint_proxy.own(waypoint, frontends.values(), self._view.filters(groups)))
+        told = self._told(gateway)
+        _add(resources, waypoint_proxy.own(waypoint, frontends.values(), self._view.filters(groups), told))
         return needed, resources
 
     def _compile_edge(self, gateway: Gateway) -> tuple[set[ObjectKey], Resources]:
@@ -291,6 +301,7 @@ class EnvoyIndex:
             [*self._view.filters([(group, targets)]), *http.filters()],
             self._view.route_rules(group, targets),
             self._view.guards(targets),
+            self._told(gateway),
         )
         needed = edge.refers_to | self._view.authorizers(targets)
         needed = {key for key in needed if self._index.service(key) is not None}
@@ -300,6 +311,11 @@ class EnvoyIndex:
             _add(resources, backend.clusters, backend.endpoints)
         _add(resources, edge.resources)
         return needed, resources
+
+    def _told(self, gateway: Gateway) -> Told:
+        targets = self._view.targets_of_proxy(ProxyKey.of(gateway.key), gateway.gateway_class)
+        settings = self._telemetry.of_proxy(self._index.mesh, gateway.key.namespace, targets)
+        return compile_told(self._index.mesh, settings, reporter_of(self._index.mesh, gateway))
 
     def listeners_of(self, gateway: Gateway) -> list[ListenerState]:
         """A gateway's listeners with what is attached to them."""

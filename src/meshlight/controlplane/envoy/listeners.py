@@ -33,11 +33,16 @@ from meshlight.controlplane.envoy import names, wire
 
 SOURCE_PRINCIPAL = "mesh.source_principal"
 """Filter state: the client's SPIFFE identity, as the node proxy proved it."""
+SOURCE = "mesh.source_"
+"""Prefix of the filter state that says what workload the client is: `workload`, `namespace`, …"""
 SOURCE_ADDRESS = "mesh.source_address"
 """Filter state (an IP address): where the connection came from, whatever `x-forwarded-for` says."""
-_IDENTITY_TLV = 0xD0
+_TLVS = {
+    0xD0: "principal", 0xE0: "workload", 0xE1: "namespace", 0xE2: "canonical_service",
+    0xE3: "canonical_revision", 0xE4: "cluster", 0xE5: "pod",
+}  # fmt: skip
+"""Fields of the PROXY protocol header: Istio's identity, and ours about the client."""
 _TLV_NAMESPACE = "envoy.filters.listener.proxy_protocol"
-_PRINCIPAL = "principal"
 INSPECTION_TIMEOUT = 5.0
 
 HTTP_CHAIN = "http"
@@ -124,6 +129,19 @@ def tcp_proxy(stat_prefix: str, shares: Sequence[tuple[str, int]], access_logs: 
     return network_filter("envoy.filters.network.tcp_proxy", message)
 
 
+def with_access_logs(filters: Iterable[Any], logs: Sequence[Any]) -> list[Any]:
+    """Network filters, the TCP proxy among them telling these logs."""
+    result = []
+    for entry in filters:
+        if entry.name == "envoy.filters.network.tcp_proxy":
+            message = tcp_proxy_pb2.TcpProxy.FromString(entry.typed_config.value)
+            del message.access_log[:]
+            message.access_log.extend(logs)
+            entry = network_filter(entry.name, message)
+        result.append(entry)
+    return result
+
+
 def _chain(name: str, filters: Iterable[Any]) -> Any:
     return parts.FilterChain(name=name, filters=[source(), *filters])
 
@@ -141,9 +159,13 @@ def own_address_only(address: str) -> Any:
 
 def source() -> Any:
     """Notes who and where a connection is from, before anything a client could write is read."""
-    principal = f"%DYNAMIC_METADATA({_TLV_NAMESPACE}:{_PRINCIPAL})%"
     values = [
-        _filter_state(SOURCE_PRINCIPAL, "envoy.hashable_string", principal),
+        *(
+            _filter_state(
+                SOURCE + name, "envoy.hashable_string", f"%DYNAMIC_METADATA({_TLV_NAMESPACE}:{name})%"
+            )
+            for name in _TLVS.values()
+        ),
         _filter_state(SOURCE_ADDRESS, "envoy.network.ip", "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%"),
     ]
     return network_filter(
@@ -165,8 +187,10 @@ def _filter_state(key: str, factory: str, text: str) -> Any:
 def proxy_protocol() -> Any:
     """Reads the header that the node proxy puts before a connection's bytes."""
     config = proxy_protocol_pb2.ProxyProtocol
-    rule = config.Rule(tlv_type=_IDENTITY_TLV, on_tlv_present=config.KeyValuePair(key=_PRINCIPAL))
-    return _listener_filter("envoy.filters.listener.proxy_protocol", config(rules=[rule]))
+    rules = [
+        config.Rule(tlv_type=kind, on_tlv_present=config.KeyValuePair(key=name)) for kind, name in _TLVS.items()
+    ]
+    return _listener_filter("envoy.filters.listener.proxy_protocol", config(rules=rules))
 
 
 def _inspector(destinations: Iterable[Destination]) -> Any:

@@ -18,10 +18,12 @@ from meshlight.controlplane.envoy import (
     wire,
 )
 from meshlight.controlplane.envoy.backends import published
+from meshlight.controlplane.envoy.endpoints import METADATA
 from meshlight.controlplane.envoy.listeners import HTTP_CHAIN, Destination
 from meshlight.controlplane.envoy.policy_view import PolicyView, group_of
 from meshlight.controlplane.envoy.route_index import RouteIndex
 from meshlight.controlplane.envoy.routing import BackendReference, Route
+from meshlight.controlplane.envoy.told import Told
 from meshlight.controlplane.envoy.traffic_index import TrafficIndex
 from meshlight.controlplane.envoy.virtual_service import VirtualService
 from meshlight.controlplane.facts import ObjectKey, ServicePort, address_text
@@ -81,6 +83,7 @@ def compile_frontend(
                 )
             for entry in made:
                 _hash(index, traffic, entry)
+                entry.metadata.filter_metadata[METADATA].update(clusters.described(hostname, key))
             host = routes.host(hostname, ["*"], made)
             configuration = routes.configuration(cluster, [host], rules)
             scopes = routes.scope([(a, port.port) for a in addresses], configuration)
@@ -88,13 +91,16 @@ def compile_frontend(
     return result
 
 
-def own(waypoint: Waypoint, frontends: Iterable[Frontend], policy_filters: Iterable[Any]) -> list[Published]:
+def own(
+    waypoint: Waypoint, frontends: Iterable[Frontend], policy_filters: Iterable[Any], told: Told
+) -> list[Published]:
     """What belongs to the waypoint itself: its listener, and clusters that are no service's."""
     destinations: list[Destination] = []
     tcp: dict[str, list[Any]] = {}
     for frontend in frontends:
         destinations += frontend.destinations
-        tcp |= frontend.tcp
+        for chain, filters in frontend.tcp.items():
+            tcp[chain] = listeners.with_access_logs(filters, told.connection_logs)
     rest = None
     if waypoint.for_workloads:
         rest = Destination("", 0, HTTP_CHAIN, other=names.ORIGINAL_DESTINATION)
@@ -105,7 +111,8 @@ def own(waypoint: Waypoint, frontends: Iterable[Frontend], policy_filters: Itera
         "main",
         listeners.scoped_routes(),
         [*policy_filters, *http.filters()],
-        [],
+        told.access_logs,
+        told.tracing,
         edge=False,
         early=listeners.destination_header(),
     )
@@ -114,6 +121,7 @@ def own(waypoint: Waypoint, frontends: Iterable[Frontend], policy_filters: Itera
         publish(wire.LISTENER_TYPE, listener.name, listener),
         published(wire.CLUSTER_TYPE, clusters.original_destination()),
         published(wire.CLUSTER_TYPE, clusters.black_hole()),
+        *told.clusters,
     ]
 
 
