@@ -166,6 +166,7 @@ class Mesh:
         self.publish()
         self.agents = [Agent(self.folder / f"{node.name}.sock") for node in self.nodes]
         self.started = 0
+        self.generation = 0
         self.proxies = [self.start(index) for index in range(len(self.nodes))]
 
     def start(self, index: int, **environment: str) -> Ztunnel:
@@ -184,6 +185,7 @@ class Mesh:
             "INPOD_UDS": str(self.folder / f"{node.name}.sock"),
             "NODE_NAME": node.name,
             "RUST_LOG": "info",
+            "LOG_FORMAT": "json",
             **{f"{name}_PORT": str(port) for name, port in ports.items()},
             **self.environment,
             **environment,
@@ -230,21 +232,13 @@ class Mesh:
 
     def settle(self) -> None:
         """Publish, and wait until every proxy that lives has taken it in."""
+        self.generation += 1
+        mark = f"generation/{self.generation}"
+        self.workloads["generation"] = {"uid": mark, "name": "generation", "namespace": "lab"}
         self.publish()
-        wanted = {
-            "workloads": {w["uid"] for w in self.workloads.values()},
-            "services": {f"{s['namespace']}/{s['hostname']}" for s in self.services},
-            "policies": {f"{p['namespace']}/{p['name']}" for p in self.policies},
-        }
-
-        def taken(proxy: Ztunnel) -> bool:
-            dump = json.loads(proxy.get("ADMIN", "/config_dump"))
-            return wanted == {
-                "workloads": {w["uid"] for w in dump["workloads"]},
-                "services": {f"{s['namespace']}/{s['hostname']}" for s in dump["services"]},
-                "policies": {f"{p['namespace']}/{p['name']}" for p in dump["policies"]},
-            }
-
         for proxy in self.proxies:
             if proxy.process.poll() is None:
-                wait_until(lambda proxy=proxy: taken(proxy), "the proxies to take the mesh in")  # type: ignore[misc]
+                wait_until(
+                    lambda proxy=proxy: f'"{mark}"' in proxy.get("ADMIN", "/config_dump"),  # type: ignore[misc]
+                    "the proxies to take the mesh in",
+                )

@@ -99,6 +99,15 @@ def alive(stream: socket.socket, text: str = "still here") -> bool:
     return True
 
 
+def refused(pod: Pod, address: str, port: int) -> bool:
+    """Whether a connection of the pod is refused or reset, and not merely closed."""
+    try:
+        answer = pod.ask(address, port)
+    except ConnectionError as error:
+        return "closed after" not in str(error)
+    raise AssertionError(f"answered {answer!r}")
+
+
 class Server:
     """Says `NAME CLIENT-ADDRESS` to each client, then echoes; UDP answers each datagram so."""
 

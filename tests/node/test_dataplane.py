@@ -17,6 +17,11 @@ def test_loss(scenario: str) -> None:
     lab.run(f"loss:{scenario}")
 
 
+@pytest.mark.parametrize("scenario", ["strangers", "policies", "root_rotation", "admin", "waypoint"])
+def test_security(scenario: str) -> None:
+    lab.run(f"security:{scenario}")
+
+
 @pytest.mark.parametrize("scenario", ["sizes", "crowds", "stalls", "changes", "cut_links", "killed_peers"])
 def test_torture(scenario: str) -> None:
     lab.run(f"torture:{scenario}")

@@ -1,23 +1,79 @@
 //! Windows into the running proxy: readiness for the kubelet, metrics for Prometheus, and, on the
 //! loopback address only, the configuration in force.
 
-use std::sync::Arc;
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, PoisonError},
+};
 
 use serde::Serialize;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::error;
 
-use crate::{http_server::Response, proxy::ProxyContext, state::Dump};
+use crate::{
+    config::Config,
+    http_server::{Request, Response},
+    identity::store::CertificateSummary,
+    proxy::{open_connections::ConnectionsView, Pod, ProxyContext},
+    state::dump::Dump,
+    telemetry::log_format,
+};
 
-/// Everything in force, under the keys istioctl reads.
+/// Everything in force, under the keys of Istio's ztunnel.
 #[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
 struct ConfigDump {
-    version: &'static str,
+    version: Version,
     #[serde(flatten)]
     state: Dump,
-    certificates: Vec<crate::identity::store::CertificateSummary>,
+    certificates: Vec<CertificateSummary>,
+    workload_state: BTreeMap<String, PodView>,
+    config: ConfigView,
     pool: PoolUsage,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Version {
+    version: &'static str,
+    git_revision: &'static str,
+    build_status: &'static str,
+}
+
+#[derive(Serialize)]
+struct PodView {
+    state: &'static str,
+    connections: ConnectionsView,
+    info: PodInfo,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct PodInfo {
+    name: String,
+    namespace: Arc<str>,
+    service_account: Arc<str>,
+}
+
+/// What the proxy was started with; no secret is among it.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct ConfigView {
+    node_name: String,
+    cluster_id: String,
+    cluster_domain: String,
+    trust_domain: String,
+    trust_domain_aliases: Vec<String>,
+    network: String,
+    secret_ttl_seconds: u64,
+    num_worker_threads: usize,
+    pool_max_streams_per_conn: usize,
+    pool_unused_release_timeout_seconds: u64,
+    self_termination_deadline_seconds: u64,
+    enable_original_source: bool,
+    dns_proxy: bool,
+    flow_collector: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -26,29 +82,52 @@ struct PoolUsage {
     tunnels: usize,
 }
 
+const USAGE: &str = "\
+GET  /config_dump           workloads, services, policies, certificates, connections
+GET  /healthz
+POST /logging               the log levels in force
+POST /logging?level=LEVEL   change them: LEVEL or SCOPE:LEVEL, several with commas between
+POST /logging?reset         as at the start
+POST /quitquitquit          drain and end
+";
+
 /// Answers on the admin port. `quit` is told to stop the process.
 pub fn handler(
     context: Arc<ProxyContext>,
     quit: CancellationToken,
-) -> impl Fn(&str, &str) -> Response {
-    move |method, path| match (method, path) {
+) -> impl Fn(&Request<'_>) -> Response {
+    move |request| match (request.method, request.path) {
         ("GET", "/config_dump") => config_dump(&context),
         ("GET" | "HEAD", "/healthz") => Response::text("200 OK", "ok\n"),
+        ("POST", "/logging") => logging(request, &context.config.log_levels),
         ("POST", "/quitquitquit") => {
             quit.cancel();
-            Response::text("200 OK", "shutting down\n")
+            Response::text("200 OK", "shutdown now\n")
         }
-        ("GET", "/") => Response::text(
-            "200 OK",
-            "GET /config_dump\nGET /healthz\nPOST /quitquitquit\n",
-        ),
-        _ => not_found(path),
+        ("GET", "/") => Response::text("200 OK", USAGE),
+        (_, "/logging" | "/quitquitquit") => {
+            Response::text("405 Method Not Allowed", format!("use POST\n\n{USAGE}"))
+        }
+        (_, path) => not_found(path),
     }
 }
 
+fn logging(request: &Request<'_>, at_start: &str) -> Response {
+    let wanted = match (request.query("level"), request.query("reset")) {
+        (Some(levels), _) => Some(levels),
+        (None, Some(_)) => Some(at_start),
+        (None, None) => None,
+    };
+    if let Some(Err(error)) = wanted.map(log_format::set_levels) {
+        return Response::text("400 Bad Request", format!("{error}\n"));
+    }
+    let levels = log_format::levels();
+    Response::text("200 OK", format!("current log level is {levels}\n"))
+}
+
 /// Answers on the metrics port.
-pub fn metrics_handler(context: Arc<ProxyContext>) -> impl Fn(&str, &str) -> Response {
-    move |_, path| match path {
+pub fn metrics_handler(context: Arc<ProxyContext>) -> impl Fn(&Request<'_>) -> Response {
+    move |request| match request.path {
         "/metrics" | "/stats/prometheus" => match context.metrics.text() {
             Ok(body) => Response {
                 status: "200 OK",
@@ -65,10 +144,10 @@ pub fn metrics_handler(context: Arc<ProxyContext>) -> impl Fn(&str, &str) -> Res
 pub fn readiness_handler(
     mesh_known: watch::Receiver<bool>,
     pods_served: watch::Receiver<bool>,
-) -> impl Fn(&str, &str) -> Response {
-    move |_, path| {
-        if path != "/healthz/ready" {
-            return not_found(path);
+) -> impl Fn(&Request<'_>) -> Response {
+    move |request| {
+        if request.path != "/healthz/ready" {
+            return not_found(request.path);
         }
         let waiting: Vec<&str> = [
             (*mesh_known.borrow(), "discovery has not answered"),
@@ -93,10 +172,22 @@ pub fn readiness_handler(
 
 fn config_dump(context: &ProxyContext) -> Response {
     let (connections, tunnels) = context.pool.usage();
+    let pods = context.pods.lock().unwrap_or_else(PoisonError::into_inner);
+    let workload_state = pods
+        .iter()
+        .map(|(uid, pod)| (uid.clone(), PodView::of(pod)))
+        .collect();
+    drop(pods);
     let dump = ConfigDump {
-        version: env!("CARGO_PKG_VERSION"),
+        version: Version {
+            version: env!("CARGO_PKG_VERSION"),
+            git_revision: "unknown",
+            build_status: "Meshlight",
+        },
         state: context.state.read().dump(),
         certificates: context.certificates.summaries(),
+        workload_state,
+        config: ConfigView::of(&context.config),
         pool: PoolUsage {
             connections,
             tunnels,
@@ -109,6 +200,41 @@ fn config_dump(context: &ProxyContext) -> Response {
             body,
         },
         Err(error) => failed(&error),
+    }
+}
+
+impl PodView {
+    fn of(pod: &Pod) -> Self {
+        Self {
+            state: "Up",
+            connections: pod.connections.view(),
+            info: PodInfo {
+                name: pod.name.clone(),
+                namespace: pod.namespace.clone(),
+                service_account: pod.identity.service_account.clone(),
+            },
+        }
+    }
+}
+
+impl ConfigView {
+    fn of(config: &Config) -> Self {
+        Self {
+            node_name: config.node_name.clone(),
+            cluster_id: config.cluster_id.clone(),
+            cluster_domain: config.cluster_domain.clone(),
+            trust_domain: config.trust_domain.clone(),
+            trust_domain_aliases: config.trust_domain_aliases.clone(),
+            network: config.network.clone(),
+            secret_ttl_seconds: config.certificate_ttl.as_secs(),
+            num_worker_threads: config.worker_threads,
+            pool_max_streams_per_conn: config.pool_max_streams,
+            pool_unused_release_timeout_seconds: config.pool_idle.as_secs(),
+            self_termination_deadline_seconds: config.termination_grace.as_secs(),
+            enable_original_source: config.original_source,
+            dns_proxy: config.dns_capture,
+            flow_collector: config.flow_collector.clone(),
+        }
     }
 }
 

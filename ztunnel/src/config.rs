@@ -6,6 +6,8 @@ use std::{path::PathBuf, time::Duration};
 
 use thiserror::Error;
 
+use crate::telemetry::access_log::LogFormat;
+
 /// The mark of every socket of the proxy; the pod's redirection rules let it through.
 pub const PACKET_MARK: u32 = 0x539;
 /// Ports the proxy opens in every pod: captured connections out, plaintext in, HBONE in, DNS.
@@ -62,6 +64,10 @@ pub struct Config {
     pub cluster_id: String,
     pub cluster_domain: String,
     pub trust_domain: String,
+    /// Other trust domains whose identities count as ours.
+    pub trust_domain_aliases: Vec<String>,
+    /// Take clients of any trust domain that our roots vouch for.
+    pub any_trust_domain: bool,
     pub network: String,
     /// Lifetime asked for when a certificate is requested.
     pub certificate_ttl: Duration,
@@ -79,6 +85,11 @@ pub struct Config {
     pub dns_capture: bool,
     #[allow(dead_code)]
     pub dns_upstream: Option<String>,
+    /// Where flow records go, `http://HOST:PORT`; nowhere if unset.
+    pub flow_collector: Option<String>,
+    pub log_format: LogFormat,
+    /// Levels of the program's own log.
+    pub log_levels: String,
     /// Address the admin, metrics and readiness ports are opened on is fixed by the port's role;
     /// these allow several proxies in one network namespace.
     pub admin_port: u16,
@@ -90,6 +101,16 @@ impl Config {
     /// Reads the process's environment.
     pub fn from_environment() -> Result<Self, ConfigError> {
         Self::from_lookup(|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
+    }
+
+    /// Whether a client of this trust domain is one of ours.
+    pub fn trusts(&self, trust_domain: &str) -> bool {
+        self.any_trust_domain
+            || self.trust_domain == trust_domain
+            || self
+                .trust_domain_aliases
+                .iter()
+                .any(|alias| alias == trust_domain)
     }
 
     /// Builds the configuration from any source of variables; absent ones take Istio's defaults.
@@ -164,6 +185,13 @@ impl Config {
             cluster_id: text("CLUSTER_ID", "Kubernetes"),
             cluster_domain: text("CLUSTER_DOMAIN", "cluster.local"),
             trust_domain: text("TRUST_DOMAIN", "cluster.local"),
+            trust_domain_aliases: text("TRUST_DOMAIN_ALIASES", "")
+                .split(',')
+                .map(str::trim)
+                .filter(|domain| !domain.is_empty())
+                .map(str::to_owned)
+                .collect(),
+            any_trust_domain: flag("SKIP_VALIDATE_TRUST_DOMAIN", false)?,
             network: text("NETWORK", ""),
             certificate_ttl: duration("SECRET_TTL", Duration::from_secs(24 * 3600))?,
             worker_threads: number("ZTUNNEL_WORKER_THREADS", 2)?.max(1),
@@ -176,6 +204,19 @@ impl Config {
             original_source: flag("ENABLE_ORIG_SRC", true)?,
             dns_capture: flag("ISTIO_META_DNS_CAPTURE", true)?,
             dns_upstream: lookup("DNS_UPSTREAM"),
+            flow_collector: lookup("FLOW_COLLECTOR"),
+            log_format: match lookup("LOG_FORMAT").as_deref() {
+                Some("json") => LogFormat::Json,
+                None | Some("plain" | "text") => LogFormat::Text,
+                Some(found) => {
+                    return Err(ConfigError {
+                        name: "LOG_FORMAT",
+                        found: found.to_owned(),
+                        reason: "neither json nor plain",
+                    })
+                }
+            },
+            log_levels: text("RUST_LOG", "info"),
             admin_port: port("ADMIN_PORT", ADMIN_PORT)?,
             metrics_port: port("METRICS_PORT", METRICS_PORT)?,
             readiness_port: port("READINESS_PORT", READINESS_PORT)?,
@@ -216,6 +257,21 @@ mod tests {
         assert_eq!(config.certificate_ttl, Duration::from_secs(86_400));
         assert_eq!(config.termination_grace, Duration::from_secs(5));
         assert!(matches!(config.xds, XdsSource::Remote { .. }));
+    }
+
+    #[test]
+    fn trust_domains_have_aliases() {
+        let config = with(&[("TRUST_DOMAIN_ALIASES", "old.example, older.example")]).unwrap();
+        for (domain, trusted) in [
+            ("cluster.local", true),
+            ("older.example", true),
+            ("other.example", false),
+            ("", false),
+        ] {
+            assert_eq!(config.trusts(domain), trusted, "{domain}");
+        }
+        let config = with(&[("SKIP_VALIDATE_TRUST_DOMAIN", "true")]).unwrap();
+        assert!(config.trusts("other.example"));
     }
 
     #[test]

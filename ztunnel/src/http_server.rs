@@ -12,6 +12,35 @@ use tokio::{
 const LARGEST_REQUEST: usize = 16 << 10;
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// A request's first line.
+#[derive(Debug)]
+pub struct Request<'a> {
+    pub method: &'a str,
+    pub path: &'a str,
+    query: &'a str,
+}
+
+impl<'a> Request<'a> {
+    fn parse(head: &'a str) -> Self {
+        let mut words = head.split_ascii_whitespace();
+        let (method, target) = (words.next().unwrap_or(""), words.next().unwrap_or(""));
+        let (path, query) = target.split_once('?').unwrap_or((target, ""));
+        Self {
+            method,
+            path,
+            query,
+        }
+    }
+
+    /// A parameter's text; empty for one without value, `None` if it is not there.
+    pub fn query(&self, name: &str) -> Option<&'a str> {
+        self.query.split('&').find_map(|pair| {
+            let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+            (key == name).then_some(value)
+        })
+    }
+}
+
 /// An answer.
 #[derive(Debug)]
 pub struct Response {
@@ -30,11 +59,10 @@ impl Response {
     }
 }
 
-/// Answers requests on `listener` for the life of the process. The handler takes method and
-/// path, without query.
+/// Answers requests on `listener` for the life of the process.
 pub async fn serve(
     listener: TcpListener,
-    handle: impl Fn(&str, &str) -> Response + Send + Sync + 'static,
+    handle: impl Fn(&Request<'_>) -> Response + Send + Sync + 'static,
 ) {
     let handle = Arc::new(handle);
     loop {
@@ -54,7 +82,7 @@ pub async fn serve(
     }
 }
 
-async fn answer(mut tcp: TcpStream, handle: &impl Fn(&str, &str) -> Response) -> io::Result<()> {
+async fn answer(mut tcp: TcpStream, handle: &impl Fn(&Request<'_>) -> Response) -> io::Result<()> {
     let mut request = Vec::with_capacity(1024);
     while !request.windows(4).any(|window| window == b"\r\n\r\n") {
         if request.len() > LARGEST_REQUEST || tcp.read_buf(&mut request).await? == 0 {
@@ -62,19 +90,31 @@ async fn answer(mut tcp: TcpStream, handle: &impl Fn(&str, &str) -> Response) ->
         }
     }
     let head = String::from_utf8_lossy(&request);
-    let mut words = head.split_ascii_whitespace();
-    let (method, target) = (words.next().unwrap_or(""), words.next().unwrap_or(""));
-    let path = target.split('?').next().unwrap_or("");
-    let response = handle(method, path);
+    let request = Request::parse(&head);
+    let response = handle(&request);
     let mut message = format!(
         "HTTP/1.1 {}\r\ncontent-type: {}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
         response.status,
         response.content_type,
         response.body.len()
     );
-    if method != "HEAD" {
+    if request.method != "HEAD" {
         message.push_str(&response.body);
     }
     tcp.write_all(message.as_bytes()).await?;
     tcp.shutdown().await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_query_is_apart_from_the_path() {
+        let request = Request::parse("POST /logging?reset&level=debug HTTP/1.1\r\nhost: x\r\n\r\n");
+        assert_eq!((request.method, request.path), ("POST", "/logging"));
+        assert_eq!(request.query("level"), Some("debug"));
+        assert_eq!(request.query("reset"), Some(""));
+        assert_eq!(request.query("other"), None);
+    }
 }

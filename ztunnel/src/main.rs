@@ -6,7 +6,6 @@
 //! stay responsive when traffic is heavy, and the other way round.
 #![deny(unsafe_code, unsafe_op_in_unsafe_fn)]
 
-mod access_log;
 mod admin;
 mod backoff;
 mod config;
@@ -14,21 +13,20 @@ mod grpc;
 mod http_server;
 mod identity;
 mod inpod;
-mod metrics;
 mod proto;
 mod proxy;
 mod proxy_protocol;
 mod rbac;
 mod state;
 mod sys;
+mod telemetry;
 mod xds;
 
 use std::{
     error::Error,
-    io::{self, IsTerminal},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     process::ExitCode,
-    sync::Arc,
+    sync::{Arc, Mutex},
     thread,
     time::Duration,
 };
@@ -42,15 +40,13 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
-use tracing_subscriber::EnvFilter;
 
-use access_log::AccessLog;
 use config::{Config, XdsSource};
 use identity::{authority::Authority, store::CertificateStore};
 use inpod::PodManager;
-use metrics::Metrics;
 use proxy::{pool::Pool, ProxyContext};
 use state::shared::SharedState;
+use telemetry::{access_log::AccessLog, flow_records, log_format, metrics::Metrics, Flows};
 use xds::client::DiscoveryClient;
 
 const USAGE: &str = "\
@@ -88,17 +84,17 @@ fn main() -> ExitCode {
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!(error = %error, "cannot run");
+            eprintln!("meshlight-ztunnel: {error}");
             ExitCode::FAILURE
         }
     }
 }
 
 fn run() -> Result<(), AnyError> {
-    start_logging();
+    let config = Config::from_environment()?;
+    log_format::start(config.log_format, &config.log_levels);
     inpod::netns::remember_home()?;
     raise_descriptor_limit();
-    let config = Config::from_environment()?;
     let control = Builder::new_current_thread().enable_all().build()?;
     let traffic = Builder::new_multi_thread()
         .worker_threads(config.worker_threads)
@@ -117,8 +113,22 @@ fn run() -> Result<(), AnyError> {
         config.pool_max_streams,
         config.pool_idle,
     );
+    let dropped = metrics.flow_records_dropped.clone();
+    let records = match &config.flow_collector {
+        None => None,
+        Some(collector) => Some(flow_records::Exporter::start(
+            collector,
+            &config,
+            dropped,
+            control.handle(),
+        )?),
+    };
     let context = Arc::new(ProxyContext {
-        access_log: AccessLog::to_stdout(metrics.log_lines_lost.clone())?,
+        flows: Flows {
+            access_log: AccessLog::to_stdout(config.log_format, metrics.log_lines_lost.clone())?,
+            records,
+        },
+        pods: Mutex::default(),
         state,
         certificates,
         metrics,
@@ -241,18 +251,6 @@ async fn listen(address: IpAddr, port: u16) -> Result<TcpListener, AnyError> {
     TcpListener::bind(address)
         .await
         .map_err(|error| format!("listening on {address}: {error}").into())
-}
-
-fn start_logging() {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr);
-    if io::stderr().is_terminal() {
-        builder.init();
-    } else {
-        builder.json().flatten_event(true).init();
-    }
 }
 
 /// Every connection takes two descriptors; the usual soft limit of 1024 is a few hundred of them.

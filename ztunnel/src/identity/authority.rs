@@ -40,6 +40,8 @@ pub enum AuthorityError {
         directory: PathBuf,
         error: std::io::Error,
     },
+    #[error("signing with the local root: {0}")]
+    Signing(std::io::Error),
     #[error(transparent)]
     Certificate(#[from] CertificateError),
 }
@@ -91,7 +93,9 @@ impl Authority {
         params.subject_alt_names = vec![SanType::URI(identity.to_string().try_into()?)];
         let request = params.serialize_request(&key)?.pem()?;
         let chain = match &self.signer {
-            Signer::Local(root) => root.sign(&request, self.ttl)?,
+            Signer::Local(root) => root
+                .sign(&request, self.ttl)
+                .map_err(AuthorityError::Signing)?,
             Signer::Remote {
                 endpoint,
                 token,

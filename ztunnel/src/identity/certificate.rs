@@ -8,6 +8,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use data_encoding::BASE64;
 use rustls::{
     client::{
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
@@ -18,10 +19,12 @@ use rustls::{
     server::{NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier},
     ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme,
 };
+use serde::Serialize;
 use thiserror::Error;
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 use super::Identity;
+use crate::telemetry::access_log::timestamp;
 
 const HTTP2: &[u8] = b"h2";
 
@@ -54,6 +57,10 @@ pub struct WorkloadCertificate {
     pub not_after: SystemTime,
     /// Serial number in hexadecimal.
     pub serial: String,
+    /// What is presented, leaf first.
+    pub chain: Vec<CertificateDer<'static>>,
+    /// Who is believed.
+    pub roots: Vec<CertificateDer<'static>>,
     pub client: Arc<ClientConfig>,
     pub server: Arc<ServerConfig>,
 }
@@ -93,12 +100,15 @@ impl WorkloadCertificate {
             instant(validity.not_before.timestamp()),
             instant(validity.not_after.timestamp()),
         );
-        let serial = parsed.raw_serial_as_string().replace(':', "");
+        let serial = serial(&parsed);
+        let anchors = parse_pem(root.as_bytes())?;
         let roots = Arc::new(root_store(root.as_bytes())?);
         Ok(Self {
             not_before,
             not_after,
             serial,
+            chain: presented.clone(),
+            roots: anchors,
             client: Arc::new(client_config(
                 roots.clone(),
                 presented.clone(),
@@ -138,6 +148,42 @@ impl Peer {
         Ok(Self {
             identity: identity(&parsed)?,
             not_after: instant(parsed.validity().not_after.timestamp()),
+        })
+    }
+}
+
+fn serial(parsed: &X509Certificate<'_>) -> String {
+    parsed.raw_serial_as_string().replace(':', "")
+}
+
+/// A certificate as the admin interface shows it.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CertificateView {
+    /// The PEM text, encoded once more, as Istio's ztunnel writes it.
+    pem: String,
+    serial_number: String,
+    valid_from: String,
+    expiration_time: String,
+}
+
+impl CertificateView {
+    /// `None` for what is no certificate.
+    pub fn of(certificate: &CertificateDer<'_>) -> Option<Self> {
+        let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
+        let body = BASE64.encode(certificate);
+        let mut pem = "-----BEGIN CERTIFICATE-----\n".to_owned();
+        for line in body.as_bytes().chunks(64) {
+            pem.push_str(&String::from_utf8_lossy(line));
+            pem.push('\n');
+        }
+        pem.push_str("-----END CERTIFICATE-----\n");
+        let validity = parsed.validity();
+        Some(Self {
+            pem: BASE64.encode(pem.as_bytes()),
+            serial_number: format!("{:x}", parsed.serial),
+            valid_from: timestamp(instant(validity.not_before.timestamp())),
+            expiration_time: timestamp(instant(validity.not_after.timestamp())),
         })
     }
 }

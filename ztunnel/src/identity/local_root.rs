@@ -1,11 +1,12 @@
 //! A root of its own for tests and benchmarks that run without a control plane: `ca.crt` and
-//! `ca.key` in a directory that several proxies share. Made by whoever comes first.
+//! `ca.key` in a directory that several proxies share. Made by whoever comes first. Roots in
+//! `other-roots.crt` are trusted beside it.
 
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
-    path::Path,
+    path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
 
@@ -20,8 +21,7 @@ const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
 /// A certificate authority in this process.
 pub struct LocalRoot {
-    issuer: Issuer<'static, KeyPair>,
-    certificate: String,
+    directory: PathBuf,
 }
 
 impl LocalRoot {
@@ -42,18 +42,28 @@ impl LocalRoot {
                 .write_all(key.as_bytes())?;
             fs::write(&certificate_file, certificate)?;
         }
-        let certificate = fs::read_to_string(certificate_file)?;
-        let key = KeyPair::from_pem(&fs::read_to_string(key_file)?).map_err(io::Error::other)?;
-        let issuer = Issuer::from_ca_cert_pem(&certificate, key).map_err(io::Error::other)?;
+        Self::read(directory)?;
         Ok(Self {
-            issuer,
-            certificate,
+            directory: directory.to_owned(),
         })
     }
 
-    /// Signs a request as it stands; answers leaf and root in PEM.
-    pub fn sign(&self, csr: &str, ttl: Duration) -> Result<Vec<String>, rcgen::Error> {
-        let mut request = CertificateSigningRequestParams::from_pem(csr)?;
+    /// The issuer, and the PEM of all trusted roots.
+    fn read(directory: &Path) -> io::Result<(Issuer<'static, KeyPair>, String)> {
+        let certificate = fs::read_to_string(directory.join("ca.crt"))?;
+        let key = KeyPair::from_pem(&fs::read_to_string(directory.join("ca.key"))?)
+            .map_err(io::Error::other)?;
+        let issuer = Issuer::from_ca_cert_pem(&certificate, key).map_err(io::Error::other)?;
+        let others = fs::read_to_string(directory.join("other-roots.crt")).unwrap_or_default();
+        Ok((issuer, certificate + &others))
+    }
+
+    /// Signs a request as it stands; answers leaf and roots in PEM. Reads the files again, so
+    /// that a root can be replaced while proxies run.
+    pub fn sign(&self, csr: &str, ttl: Duration) -> io::Result<Vec<String>> {
+        let (issuer, roots) = Self::read(&self.directory)?;
+        let mut request =
+            CertificateSigningRequestParams::from_pem(csr).map_err(io::Error::other)?;
         let now = SystemTime::now();
         let params = &mut request.params;
         params.not_before = (now - CLOCK_SKEW).into();
@@ -67,8 +77,8 @@ impl LocalRoot {
             ExtendedKeyUsagePurpose::ServerAuth,
             ExtendedKeyUsagePurpose::ClientAuth,
         ];
-        let leaf = request.signed_by(&self.issuer)?;
-        Ok(vec![leaf.pem(), self.certificate.clone()])
+        let leaf = request.signed_by(&issuer).map_err(io::Error::other)?;
+        Ok(vec![leaf.pem(), roots])
     }
 }
 
@@ -103,7 +113,6 @@ mod tests {
     ) -> Result<WorkloadCertificate, crate::identity::certificate::CertificateError> {
         let directory = std::env::temp_dir().join(format!("root-{}", rand::random::<u64>()));
         let root = LocalRoot::open(&directory).unwrap();
-        fs::remove_dir_all(directory).unwrap();
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::default();
         params.subject_alt_names = subject
@@ -112,6 +121,7 @@ mod tests {
             .collect();
         let csr = params.serialize_request(&key).unwrap().pem().unwrap();
         let chain = root.sign(&csr, Duration::from_secs(3600)).unwrap();
+        fs::remove_dir_all(directory).unwrap();
         let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
         WorkloadCertificate::from_chain(asked, &key, &chain)
     }

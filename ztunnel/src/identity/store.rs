@@ -9,12 +9,17 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use rustls::pki_types::CertificateDer;
 use serde::Serialize;
 use thiserror::Error;
 use tokio::{runtime::Handle, sync::watch, task::AbortHandle};
 use tracing::{info, warn};
 
-use super::{authority::Authority, certificate::WorkloadCertificate, Identity};
+use super::{
+    authority::Authority,
+    certificate::{CertificateView, WorkloadCertificate},
+    Identity,
+};
 use crate::backoff::Backoff;
 
 /// Why there is no certificate to work with.
@@ -41,18 +46,14 @@ struct Keeper {
     task: AbortHandle,
 }
 
-/// A certificate as the admin interface shows it; never its key.
+/// An identity's certificate as the admin interface shows it; never its key.
 #[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct CertificateSummary {
-    pub identity: String,
-    pub state: &'static str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub serial: Option<String>,
-    /// Seconds since 1970.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub not_after: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub error: Option<String>,
+    identity: String,
+    state: String,
+    cert_chain: Vec<CertificateView>,
+    root_certs: Vec<CertificateView>,
 }
 
 /// Hands out the certificate of any identity of this node.
@@ -182,28 +183,23 @@ async fn keep(authority: Arc<Authority>, identity: Identity, publish: watch::Sen
 }
 
 fn summary(identity: &Identity, held: &Held) -> CertificateSummary {
-    let mut summary = CertificateSummary {
-        identity: identity.to_string(),
-        state: "Initializing",
-        serial: None,
-        not_after: None,
-        error: None,
+    let (state, certificate) = match held {
+        Held::Awaited => ("Initializing".to_owned(), None),
+        Held::Refused(reason) => (format!("Unavailable: {reason}"), None),
+        Held::Certificate(certificate) => ("Available".to_owned(), Some(certificate)),
     };
-    match held {
-        Held::Awaited => {}
-        Held::Refused(reason) => {
-            summary.state = "Unavailable";
-            summary.error = Some(reason.to_string());
-        }
-        Held::Certificate(certificate) => {
-            summary.state = "Available";
-            summary.serial = Some(certificate.serial.clone());
-            summary.not_after = certificate
-                .not_after
-                .duration_since(SystemTime::UNIX_EPOCH)
-                .ok()
-                .map(|age| age.as_secs());
-        }
+    let views = |of: fn(&WorkloadCertificate) -> &Vec<CertificateDer<'static>>| {
+        certificate
+            .map(|certificate| {
+                let certificates = of(certificate).iter();
+                certificates.filter_map(CertificateView::of).collect()
+            })
+            .unwrap_or_default()
+    };
+    CertificateSummary {
+        identity: identity.to_string(),
+        state,
+        cert_chain: views(|certificate| &certificate.chain),
+        root_certs: views(|certificate| &certificate.roots),
     }
-    summary
 }

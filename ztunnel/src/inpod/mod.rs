@@ -7,7 +7,14 @@ pub mod netns;
 mod packet;
 mod roster;
 
-use std::{collections::HashMap, io, os::fd::OwnedFd, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    io,
+    os::fd::OwnedFd,
+    path::PathBuf,
+    sync::{Arc, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use thiserror::Error;
 use tokio::sync::watch;
@@ -18,7 +25,7 @@ use crate::{
     backoff::Backoff,
     identity::Identity,
     proto::zds::{workload_request::Payload, AddWorkload, Version, WorkloadRequest, ZdsHello},
-    proxy::{sockets::PodSockets, Pod, PodProxy, ProxyContext},
+    proxy::{open_connections::OpenConnections, sockets::PodSockets, Pod, PodProxy, ProxyContext},
 };
 use netns::NetworkNamespace;
 use packet::PacketSocket;
@@ -188,9 +195,11 @@ impl PodManager {
             namespace: info.namespace.as_str().into(),
             identity,
             sockets: PodSockets::new(namespace, config.original_source),
+            connections: OpenConnections::default(),
         };
         let proxy = PodProxy::start(&context, pod).map_err(NotServed::Listeners)?;
         info!(uid = add.uid, name = proxy.pod.name, namespace = %proxy.pod.namespace, "pod served");
+        served(&context).insert(add.uid.clone(), proxy.pod.clone());
         self.pods.insert(add.uid, proxy);
         context.metrics.pods.set(self.pods.len() as i64);
         Ok(())
@@ -201,6 +210,7 @@ impl PodManager {
             return;
         };
         let pod = proxy.pod.clone();
+        served(&self.context).remove(uid);
         proxy.close(&self.context).await;
         info!(uid, name = pod.name, namespace = %pod.namespace, "pod no longer served");
         if !self
@@ -212,4 +222,8 @@ impl PodManager {
         }
         self.context.metrics.pods.set(self.pods.len() as i64);
     }
+}
+
+fn served(context: &ProxyContext) -> MutexGuard<'_, BTreeMap<String, Arc<Pod>>> {
+    context.pods.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -27,7 +27,7 @@ use tokio::{
 };
 
 use super::stream::{Chunk, InFlight, Tunnel};
-use crate::sys;
+use crate::{rbac::Judgement, sys};
 
 /// Reads begin small, for the many connections that only ever carry a little, and grow while
 /// they come back full.
@@ -48,8 +48,8 @@ pub enum Broken {
     #[error("connection to the peer: {0}")]
     Far(io::Error),
     /// Neither; the proxy was told to end it.
-    #[error("{0}")]
-    Revoked(String),
+    #[error("connection closed due to policy change: {}", .0.decision)]
+    Revoked(Judgement),
 }
 
 /// Bytes moved, counted as they move.
@@ -93,7 +93,7 @@ pub async fn tunnel(
     mut tunnel: Tunnel,
     from_tcp: &Direction,
     to_tcp: &Direction,
-    revoked: impl Future<Output = String>,
+    revoked: impl Future<Output = Judgement>,
 ) -> Result<(), Broken> {
     let in_flight = tunnel.in_flight.clone();
     let result = unless(revoked, async {
@@ -135,7 +135,7 @@ pub async fn plain(
     far: TcpStream,
     from_near: &Direction,
     to_near: &Direction,
-    revoked: impl Future<Output = String>,
+    revoked: impl Future<Output = Judgement>,
 ) -> Result<(), Broken> {
     let result = unless(revoked, async {
         let out = pin!(pump(&near, &far, from_near));
@@ -173,12 +173,12 @@ pub async fn plain(
 }
 
 async fn unless(
-    revoked: impl Future<Output = String>,
+    revoked: impl Future<Output = Judgement>,
     work: impl Future<Output = Result<(), Broken>>,
 ) -> Result<(), Broken> {
     match select(pin!(work), pin!(revoked)).await {
         Either::Left((result, _)) => result,
-        Either::Right((reason, _)) => Err(Broken::Revoked(reason)),
+        Either::Right((judgement, _)) => Err(Broken::Revoked(judgement)),
     }
 }
 
@@ -188,7 +188,7 @@ impl Broken {
         match self {
             Self::Near(error) => Self::Far(error),
             Self::Far(error) => Self::Near(error),
-            Self::Revoked(reason) => Self::Revoked(reason),
+            Self::Revoked(judgement) => Self::Revoked(judgement),
         }
     }
 }

@@ -14,7 +14,7 @@ use h2::{
     server::{self, SendResponse},
     RecvStream,
 };
-use http::{Method, Request, Response, StatusCode};
+use http::{header::FORWARDED, HeaderMap, Method, Request, Response, StatusCode};
 use thiserror::Error;
 use tokio::{
     io::AsyncWriteExt,
@@ -27,22 +27,24 @@ use tracing::debug;
 
 use super::{
     copy,
-    observation::{Observation, Parties},
+    observation::{refused_early, Observation, Parties},
     pool::TLS_WRITE_BUFFER,
     read_ahead::ReadAhead,
-    refusal,
     stream::{Chunk, Tunnel, MAX_FRAME, MAX_HEADERS, MAX_PENDING_RESETS, SEND_BUFFER},
     windows::{Windows, CONNECTION_WINDOW},
     Pod, ProxyContext,
 };
 use crate::{
     identity::{certificate, Identity},
-    metrics::{Reporter, ResponseFlags},
     proxy_protocol,
     rbac::Connection,
     state::{
         inbound::{Arrival, Authority},
         workload::Workload,
+    },
+    telemetry::{
+        metrics::{Reporter, ResponseFlags},
+        End,
     },
 };
 
@@ -71,8 +73,20 @@ enum Unusable {
     Tls(io::Error),
     #[error("client certificate: {0}")]
     Certificate(#[from] crate::identity::certificate::CertificateError),
+    #[error("client certificate: trust domain {0} is not one of ours")]
+    TrustDomain(Arc<str>),
     #[error("HTTP/2: {0}")]
     Http2(#[from] h2::Error),
+}
+
+impl Unusable {
+    fn flags(&self) -> ResponseFlags {
+        match self {
+            Self::NoCertificate(_) => ResponseFlags::IdentityError,
+            Self::Tls(_) | Self::Certificate(_) | Self::TrustDomain(_) => ResponseFlags::TlsFailure,
+            Self::Http2(_) => ResponseFlags::Http2Failure,
+        }
+    }
 }
 
 /// Serves one connection until its last tunnel has ended. After `stop` it takes no new ones.
@@ -83,7 +97,9 @@ pub async fn serve(
     address: SocketAddr,
     stop: CancellationToken,
 ) {
-    match accept(context, pod, tcp, address).await {
+    let _socket = context.metrics.socket(Reporter::Destination);
+    let local = tcp.local_addr().map(super::sockets::canonical);
+    match accept(context.clone(), pod.clone(), tcp, address).await {
         Ok((peer, connection)) => {
             let peer = Arc::new(peer);
             if let Err(error) = drive(&peer, connection, &stop).await {
@@ -92,7 +108,20 @@ pub async fn serve(
             }
         }
         Err(error) => {
-            tracing::info!(peer = %address, error = %error, "tunnel connection refused");
+            let local = local.unwrap_or(address);
+            let destination = End {
+                workload: context.workload_of(&pod, local.ip()),
+                ..End::at(local)
+            };
+            let reporter = Reporter::Destination;
+            refused_early(
+                &context,
+                reporter,
+                address,
+                destination,
+                error.flags(),
+                error,
+            );
         }
     }
 }
@@ -122,6 +151,9 @@ async fn accept(
         identity,
         not_after,
     } = certificate::Peer::of(leaf)?;
+    if !context.config.trusts(&identity.trust_domain) {
+        return Err(Unusable::TrustDomain(identity.trust_domain));
+    }
     let windows = Arc::new(Windows::new(context.tunnels.clone()));
     let connection = server::Builder::new()
         .initial_window_size(windows.announced())
@@ -198,8 +230,16 @@ impl Peer {
         let authority = match head.uri.authority() {
             Some(authority) if head.method == Method::CONNECT => authority.as_str().to_owned(),
             _ => {
-                debug!(peer = %self.address, method = %head.method, "only CONNECT is served");
-                return answer(&mut respond, StatusCode::BAD_REQUEST);
+                answer(&mut respond, StatusCode::BAD_REQUEST);
+                let error = format_args!("only CONNECT is served, not {}", head.method);
+                return refused_early(
+                    &self.context,
+                    Reporter::Destination,
+                    self.address,
+                    End::at(self.local),
+                    ResponseFlags::ConnectionFailure,
+                    error,
+                );
             }
         };
         let workload = self
@@ -214,8 +254,10 @@ impl Peer {
                 &parsed,
             )
         });
-        let observation = self.observe(
+        let named = forwarded_host(&head.headers);
+        let mut observation = self.observe(
             &authority,
+            named.as_deref(),
             workload.as_ref(),
             arrival.as_ref().ok(),
             started,
@@ -240,11 +282,16 @@ impl Peer {
             destination: arrival.destination,
         };
         let changes = self.context.state.policies_changed();
-        if let Some(reason) = refusal(&self.context.authorize(&workload, &connection)) {
+        let judgement = self.context.authorize(&workload, &connection);
+        observation.judged(judgement.clone());
+        if !judgement.decision.allows() {
             answer(&mut respond, StatusCode::UNAUTHORIZED);
             return observation.fail(
                 ResponseFlags::PolicyDenied,
-                format_args!("connection closed due to policy rejection: {reason}"),
+                format_args!(
+                    "connection closed due to policy rejection: {}",
+                    judgement.decision
+                ),
             );
         }
         let application = match self.connect(&arrival).await {
@@ -304,6 +351,7 @@ impl Peer {
     fn observe<'a>(
         &'a self,
         authority: &str,
+        named: Option<&str>,
         workload: Option<&Arc<Workload>>,
         arrival: Option<&Arrival>,
         started: Instant,
@@ -317,23 +365,39 @@ impl Peer {
             at.filter(|workload| workload.identity() == self.identity)
                 .cloned()
         };
+        let service = workload
+            .and_then(|workload| self.context.service_of(workload, destination.port(), named));
         Observation::start(
             &self.context,
+            &self.pod,
             Parties {
                 reporter: Reporter::Destination,
-                source_address: self.address,
-                source,
-                source_identity: Some(self.identity.clone()),
-                destination_address: self.local,
+                source: End {
+                    address: self.address,
+                    workload: source,
+                    identity: Some(self.identity.clone()),
+                },
+                destination: End {
+                    address: self.local,
+                    workload: workload.cloned(),
+                    identity: Some(self.pod.identity.clone()),
+                },
+                target: arrival.map_or(self.local, |arrival| arrival.connect),
                 hbone_address: Some(authority.to_owned()),
-                service: workload
-                    .and_then(|workload| self.context.service_of(workload, destination.port())),
-                destination: workload.cloned(),
-                destination_identity: Some(self.pod.identity.clone()),
+                service,
             },
             started,
         )
     }
+}
+
+/// The service the client asked for, if it says (`host` of RFC 7239's header).
+fn forwarded_host(headers: &HeaderMap) -> Option<String> {
+    let text = headers.get(FORWARDED)?.to_str().ok()?;
+    text.split([';', ','])
+        .filter_map(|pair| pair.trim().split_once('='))
+        .find(|(name, _)| name.eq_ignore_ascii_case("host"))
+        .map(|(_, host)| host.trim_matches('"').to_owned())
 }
 
 fn answer(respond: &mut SendResponse<Chunk>, status: StatusCode) {

@@ -5,6 +5,7 @@
 pub mod copy;
 mod inbound;
 mod observation;
+pub mod open_connections;
 mod outbound;
 mod plaintext;
 pub mod pool;
@@ -14,10 +15,11 @@ mod stream;
 pub mod windows;
 
 use std::{
+    collections::BTreeMap,
     future::Future,
     io,
     net::{IpAddr, SocketAddr},
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -30,13 +32,13 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, warn};
 
 use crate::{
-    access_log::AccessLog,
     config::{Config, INBOUND_HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT},
     identity::{store::CertificateStore, Identity},
-    metrics::Metrics,
-    rbac::{self, Connection, Decision},
+    rbac::{self, Connection, Judgement},
     state::{service::Service, shared::SharedState, workload::Workload},
+    telemetry::{metrics::Metrics, Flows},
 };
+use open_connections::OpenConnections;
 use pool::Pool;
 use sockets::PodSockets;
 use windows::OpenTunnels;
@@ -54,9 +56,11 @@ pub struct ProxyContext {
     pub state: Arc<SharedState>,
     pub certificates: Arc<CertificateStore>,
     pub metrics: Arc<Metrics>,
-    pub access_log: AccessLog,
+    pub flows: Flows,
     pub pool: Pool,
     pub tunnels: Arc<OpenTunnels>,
+    /// The pods served, by uid.
+    pub pods: Mutex<BTreeMap<String, Arc<Pod>>>,
     /// Every connection being served.
     pub connections: TaskTracker,
 }
@@ -70,6 +74,7 @@ pub struct Pod {
     /// Its name in discovery.
     pub workload_uid: String,
     pub sockets: PodSockets,
+    pub connections: OpenConnections,
 }
 
 /// The listeners of one pod; dropping it closes them and lets connections go on.
@@ -203,8 +208,8 @@ impl ProxyContext {
     }
 
     /// Judges a connection to `workload` by the policies of this moment.
-    fn authorize(&self, workload: &Workload, connection: &Connection) -> Decision {
-        let workload = {
+    fn judge(&self, workload: &Workload, connection: &Connection) -> Judgement {
+        let policies = {
             let state = self.state.read();
             // Selections change with the workload, so look at its latest form.
             let latest = state.workload(&workload.uid);
@@ -212,48 +217,56 @@ impl ProxyContext {
                 warn!(policy = key, workload = %workload.uid, "a policy that selects the workload is not known");
             })
         };
-        rbac::decide(&workload, connection, |policy| {
-            tracing::info!(policy = policy.key(), source = %connection.source,
-                destination = %connection.destination, action = ?policy.action,
-                "dry-run policy matches");
-        })
+        rbac::judge(&policies, connection)
     }
 
-    /// Returns, with the reason, when changes make the connection one that is not allowed.
+    /// Judges a new connection, and writes down what was refused, or would have been.
+    fn authorize(&self, workload: &Workload, connection: &Connection) -> Judgement {
+        let judgement = self.judge(workload, connection);
+        self.metrics.judged(&judgement, workload);
+        if let Some(would) = &judgement.dry_run {
+            tracing::info!(
+                source = %connection.source,
+                identity = connection.identity.as_ref().map(ToString::to_string),
+                destination = %connection.destination,
+                reason = %would,
+                "dry run: the connection would be refused"
+            );
+        }
+        judgement
+    }
+
+    /// Returns, with the judgement, when changes make the connection one that is not allowed.
     async fn no_longer_allowed(
         &self,
         mut changes: watch::Receiver<u64>,
         workload: &Workload,
         connection: &Connection,
-    ) -> String {
+    ) -> Judgement {
         while changes.changed().await.is_ok() {
-            if let Some(reason) = refusal(&self.authorize(workload, connection)) {
-                return format!("connection closed due to policy change: {reason}");
+            let judgement = self.judge(workload, connection);
+            if !judgement.decision.allows() {
+                self.metrics.judged(&judgement, workload);
+                return judgement;
             }
         }
         std::future::pending().await
     }
 
-    /// The service a destination most likely serves on a port, for metrics.
-    fn service_of(&self, workload: &Workload, port: u16) -> Option<Arc<Service>> {
+    /// The service a connection to a workload's port most likely means, for metrics: the one the
+    /// client names, else the first that the port serves.
+    fn service_of(
+        &self,
+        workload: &Workload,
+        port: u16,
+        named: Option<&str>,
+    ) -> Option<Arc<Service>> {
         let key = workload
             .services
             .iter()
             .filter(|(_, ports)| ports.values().any(|target| *target == port))
             .map(|(key, _)| key)
-            .min()?;
+            .min_by_key(|key| (named != Some(&*key.hostname), *key))?;
         self.state.read().service(key).cloned()
-    }
-}
-
-/// Why a decision refuses, in words; `None` if it does not.
-fn refusal(decision: &Decision) -> Option<String> {
-    match decision {
-        Decision::Allowed => None,
-        Decision::DeniedBy(policy) => Some(format!("explicitly denied by: {policy}")),
-        Decision::NotAllowedBy(policies) => Some(format!(
-            "allow policies exist, but none allowed: {}",
-            policies.join(", ")
-        )),
     }
 }

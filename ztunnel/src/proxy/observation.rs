@@ -1,31 +1,38 @@
-//! What is written down about a connection: metrics while it runs, a log line when it ends.
+//! What is written down about a connection: metrics while it runs, a flow when it ends.
 
-use std::{fmt::Display, net::SocketAddr, sync::Arc, time::Instant};
+use std::{
+    fmt::Display,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Instant, SystemTime},
+};
 
 use super::{
     copy::{Broken, Direction, Traffic},
-    ProxyContext,
+    open_connections::{OpenConnection, Registered},
+    Pod, ProxyContext,
 };
 use crate::{
-    access_log::{timestamp, Entry},
-    identity::Identity,
-    metrics::{Reporter, ResponseFlags, Security, TrafficLabels},
-    state::{service::Service, workload::Workload},
+    rbac::Judgement,
+    state::service::Service,
+    telemetry::{
+        access_log::EARLY,
+        metrics::{Reporter, ResponseFlags, Security, TrafficLabels},
+        End, Flow,
+    },
 };
 
 /// Who is on both sides of a connection, as far as it is known.
 #[derive(Debug)]
 pub struct Parties {
     pub reporter: Reporter,
-    pub source_address: SocketAddr,
-    pub source: Option<Arc<Workload>>,
-    pub source_identity: Option<Identity>,
-    pub destination_address: SocketAddr,
+    pub source: End,
+    pub destination: End,
+    /// The address the client asked for, or the tunnel ends at.
+    pub target: SocketAddr,
     /// What the tunnel was asked for, if there is one.
     pub hbone_address: Option<String>,
     pub service: Option<Arc<Service>>,
-    pub destination: Option<Arc<Workload>>,
-    pub destination_identity: Option<Identity>,
 }
 
 /// One connection being watched.
@@ -34,19 +41,34 @@ pub struct Observation<'a> {
     parties: Parties,
     labels: TrafficLabels,
     started: Instant,
+    judgement: Option<Judgement>,
+    _registered: Registered,
     pub traffic: Traffic,
 }
 
 impl<'a> Observation<'a> {
-    /// Begins; the connection counts as opened.
-    pub fn start(context: &'a ProxyContext, parties: Parties, started: Instant) -> Self {
+    /// Begins; the connection counts as opened, and as one of the pod's.
+    pub fn start(context: &'a ProxyContext, pod: &Pod, parties: Parties, started: Instant) -> Self {
         let labels = labels(&parties);
         let (received, sent) = context.metrics.opened(&labels);
+        let registered = pod.connections.register(OpenConnection {
+            reporter: parties.reporter,
+            source: parties.source.address,
+            target: parties.target,
+            through: parties.destination.address,
+            service: parties
+                .service
+                .as_ref()
+                .map(|service| service.key.hostname.clone()),
+            tunnelled: parties.hbone_address.is_some(),
+        });
         Self {
             context,
             parties,
             labels,
             started,
+            judgement: None,
+            _registered: registered,
             traffic: Traffic {
                 received: Direction::new(received),
                 sent: Direction::new(sent),
@@ -54,73 +76,99 @@ impl<'a> Observation<'a> {
         }
     }
 
+    /// Notes what the policies said of it.
+    pub fn judged(&mut self, judgement: Judgement) {
+        self.judgement = Some(judgement);
+    }
+
     /// Ends after bytes could flow.
-    pub fn finish(self, result: Result<(), Broken>) {
+    pub fn finish(mut self, result: Result<(), Broken>) {
         match result {
-            Ok(()) => self.end(ResponseFlags::None, None::<&str>),
-            Err(error) => self.end(ResponseFlags::None, Some(error)),
+            Ok(()) => self.end(ResponseFlags::None, None),
+            Err(Broken::Revoked(judgement)) => {
+                let error = format!(
+                    "connection closed due to policy change: {}",
+                    judgement.decision
+                );
+                self.judgement = Some(judgement);
+                self.end(ResponseFlags::PolicyDenied, Some(error));
+            }
+            Err(error) => self.end(ResponseFlags::None, Some(error.to_string())),
         }
     }
 
     /// Ends with a failure of the proxy's own making.
     pub fn fail(self, flags: ResponseFlags, error: impl Display) {
-        self.end(flags, Some(error));
+        self.end(flags, Some(error.to_string()));
     }
 
-    fn end(self, flags: ResponseFlags, error: Option<impl Display>) {
+    fn end(self, flags: ResponseFlags, error: Option<String>) {
         self.context.metrics.closed(&self.labels, flags);
-        let Parties {
-            reporter,
-            source_address,
-            source,
-            source_identity,
-            destination_address,
-            hbone_address,
-            service,
-            destination,
-            destination_identity,
-        } = self.parties;
-        let name = |workload: &Option<Arc<Workload>>| workload.as_ref().map(|w| w.name.to_string());
-        let namespace =
-            |workload: &Option<Arc<Workload>>| workload.as_ref().map(|w| w.namespace.to_string());
-        self.context.access_log.record(Entry {
-            level: if error.is_some() { "error" } else { "info" },
-            time: timestamp(),
-            scope: "access",
+        let (received, sent) = (self.traffic.received.total(), self.traffic.sent.total());
+        let parties = self.parties;
+        let source = parties.reporter == Reporter::Source;
+        self.context.flows.record(Flow {
+            reporter: parties.reporter,
             message: "connection complete",
-            source_address: source_address.to_string(),
-            source_workload: name(&source),
-            source_namespace: namespace(&source),
-            source_identity: source_identity.map(|identity| identity.to_string()),
-            destination_address: destination_address.to_string(),
-            hbone_address,
-            service: service.map(|service| service.key.hostname.to_string()),
-            destination_workload: name(&destination),
-            destination_namespace: namespace(&destination),
-            destination_identity: destination_identity.map(|identity| identity.to_string()),
-            direction: match reporter {
-                Reporter::Source => "outbound",
-                Reporter::Destination => "inbound",
-            },
-            bytes_sent: self.traffic.sent.total(),
-            bytes_recv: self.traffic.received.total(),
-            duration: format!("{}ms", self.started.elapsed().as_millis()),
-            error: error.map(|error| error.to_string()),
+            source: parties.source,
+            destination: parties.destination,
+            hbone_address: parties.hbone_address,
+            service: parties.service,
+            // Metrics count from the client's side, the log from the reporter's.
+            bytes_sent: if source { received } else { sent },
+            bytes_received: if source { sent } else { received },
+            ended: SystemTime::now(),
+            duration: self.started.elapsed(),
+            flags,
+            error,
+            judgement: self.judgement,
         });
     }
 }
 
+/// Writes down a connection that was refused before its parties were known.
+pub fn refused_early(
+    context: &ProxyContext,
+    reporter: Reporter,
+    source: SocketAddr,
+    destination: End,
+    flags: ResponseFlags,
+    error: impl Display,
+) {
+    let mut labels = TrafficLabels::new(reporter, Security::Unknown);
+    if let Some(workload) = &destination.workload {
+        labels.set_destination(workload);
+    }
+    context.metrics.refused(&labels, flags);
+    context.flows.record(Flow {
+        reporter,
+        message: EARLY,
+        source: End::at(source),
+        destination,
+        hbone_address: None,
+        service: None,
+        bytes_sent: 0,
+        bytes_received: 0,
+        ended: SystemTime::now(),
+        duration: std::time::Duration::ZERO,
+        flags,
+        error: Some(error.to_string()),
+        judgement: None,
+    });
+}
+
 fn labels(parties: &Parties) -> TrafficLabels {
-    let security = if parties.source_identity.is_some() && parties.destination_identity.is_some() {
+    let (source, destination) = (&parties.source, &parties.destination);
+    let security = if source.identity.is_some() && destination.identity.is_some() {
         Security::MutualTls
     } else {
         Security::Unknown
     };
     let mut labels = TrafficLabels::new(parties.reporter, security);
-    if let Some(workload) = &parties.source {
+    if let Some(workload) = &source.workload {
         labels.set_source(workload);
     }
-    if let Some(workload) = &parties.destination {
+    if let Some(workload) = &destination.workload {
         labels.set_destination(workload);
     }
     if let Some(service) = &parties.service {
@@ -128,9 +176,8 @@ fn labels(parties: &Parties) -> TrafficLabels {
         labels.destination_service_namespace = service.key.namespace.clone().into();
         labels.destination_service_name = service.name.clone().into();
     }
-    labels.set_principals(
-        parties.source_identity.as_ref(),
-        parties.destination_identity.as_ref(),
-    );
+    if let Some(identity) = &source.identity {
+        labels.set_source_principal(identity);
+    }
     labels
 }

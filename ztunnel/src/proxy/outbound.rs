@@ -1,14 +1,7 @@
 //! Connections that a pod opens. The address the application asked for becomes a route: a tunnel
 //! to a workload of the mesh, or a plain connection for everything else.
 
-use std::{
-    fmt::Write,
-    future::pending,
-    io,
-    net::{IpAddr, SocketAddr},
-    sync::Arc,
-    time::Instant,
-};
+use std::{fmt::Write, future::pending, io, net::SocketAddr, sync::Arc, time::Instant};
 
 use http::{header::FORWARDED, HeaderMap, HeaderName, HeaderValue};
 use tokio::net::TcpStream;
@@ -16,24 +9,29 @@ use tracing::debug;
 
 use super::{
     copy::{self, refuse_tcp},
-    observation::{Observation, Parties},
+    observation::{refused_early, Observation, Parties},
     pool::PoolKey,
     sockets::original_destination,
     Pod, ProxyContext, OWN_PORTS,
 };
 use crate::{
-    metrics::{Reporter, ResponseFlags},
     state::{
         route::{Client, HboneRoute, PlainRoute, Route, Target},
         workload::Workload,
     },
+    telemetry::{
+        metrics::{Reporter, ResponseFlags},
+        End,
+    },
 };
 
 const BAGGAGE: HeaderName = HeaderName::from_static("baggage");
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
 /// Serves one captured connection to its end.
 pub async fn serve(context: Arc<ProxyContext>, pod: Arc<Pod>, tcp: TcpStream, peer: SocketAddr) {
     let started = Instant::now();
+    let _socket = context.metrics.socket(Reporter::Source);
     let destination = match original_destination(&tcp) {
         Ok(destination) => destination,
         Err(error) => {
@@ -45,8 +43,15 @@ pub async fn serve(context: Arc<ProxyContext>, pod: Arc<Pod>, tcp: TcpStream, pe
     if OWN_PORTS.contains(&destination.port())
         && own_address.is_ok_and(|own| own == destination.ip())
     {
-        debug!(peer = %peer, "connection to the proxy's own port refused");
-        return refuse_tcp(&tcp);
+        refuse_tcp(&tcp);
+        return refused_early(
+            &context,
+            Reporter::Source,
+            peer,
+            End::at(destination),
+            ResponseFlags::ConnectionFailure,
+            "the port is the proxy's own",
+        );
     }
     let client = context.workload_of(&pod, peer.ip());
     let route = context.state.read().route(
@@ -60,33 +65,35 @@ pub async fn serve(context: Arc<ProxyContext>, pod: Arc<Pod>, tcp: TcpStream, pe
     );
     let mut parties = Parties {
         reporter: Reporter::Source,
-        source_address: peer,
-        source: client,
-        source_identity: None,
-        destination_address: destination,
+        source: End {
+            workload: client,
+            ..End::at(peer)
+        },
+        destination: End::at(destination),
+        target: destination,
         hbone_address: None,
         service: None,
-        destination: None,
-        destination_identity: None,
     };
     match route {
         Ok(Route::Hbone(route)) => {
-            parties.source_identity = Some(pod.identity.clone());
-            parties.destination_address = route.gateway;
+            parties.source.identity = Some(pod.identity.clone());
+            parties.destination = End {
+                address: route.gateway,
+                workload: Some(route.workload.clone()),
+                identity: Some(route.workload.identity()),
+            };
             parties.hbone_address = Some(route.authority.to_string());
             parties.service.clone_from(&route.service);
-            parties.destination = Some(route.workload.clone());
-            parties.destination_identity = Some(route.identity.clone());
             through_tunnel(&context, &pod, tcp, parties, route, started).await;
         }
         Ok(Route::Plain(route)) => {
             parties.service.clone_from(&route.service);
-            parties.destination.clone_from(&route.workload);
+            parties.destination.workload.clone_from(&route.workload);
             plainly(&context, &pod, tcp, parties, route, started).await;
         }
         Err(error) => {
             refuse_tcp(&tcp);
-            Observation::start(&context, parties, started)
+            Observation::start(&context, &pod, parties, started)
                 .fail(ResponseFlags::ConnectionFailure, error);
         }
     }
@@ -104,15 +111,19 @@ async fn through_tunnel(
         source: pod.identity.clone(),
         pod: pod.uid.clone(),
         to: route.gateway,
-        destination: route.identity,
+        destination: route.identities,
     };
     let headers = headers(
         &context.config.cluster_id,
-        parties.source.as_deref(),
-        parties.source_address.ip(),
+        parties.source.workload.as_deref(),
+        parties.source.address,
+        parties
+            .service
+            .as_ref()
+            .map(|service| &*service.key.hostname),
     );
     let authority = route.authority.to_string();
-    let observation = Observation::start(context, parties, started);
+    let observation = Observation::start(context, pod, parties, started);
     match context.pool.open(pod, &key, &authority, &headers).await {
         Ok((tunnel, lease)) => {
             let traffic = &observation.traffic;
@@ -123,7 +134,7 @@ async fn through_tunnel(
         }
         Err(error) => {
             refuse_tcp(&tcp);
-            observation.fail(ResponseFlags::ConnectionFailure, error);
+            observation.fail(error.flags(), error);
         }
     }
 }
@@ -138,12 +149,17 @@ async fn plainly(
 ) {
     let target = match route.target {
         Target::Address(address) => Ok(address),
-        Target::Name(name, port) => resolve(&name, port).await,
+        Target::Name(name, port) => {
+            context
+                .metrics
+                .looked_up(&name, parties.source.workload.as_deref());
+            resolve(&name, port, parties.source.address.is_ipv4()).await
+        }
     };
     if let Ok(target) = target {
-        parties.destination_address = target;
+        parties.destination.address = target;
     }
-    let observation = Observation::start(context, parties, started);
+    let observation = Observation::start(context, pod, parties, started);
     let connected = match target {
         Ok(target) => pod.sockets.connect(target).await,
         Err(error) => Err(error),
@@ -161,8 +177,12 @@ async fn plainly(
     }
 }
 
-async fn resolve(name: &str, port: u16) -> io::Result<SocketAddr> {
-    let addresses: Vec<SocketAddr> = tokio::net::lookup_host((name, port)).await?.collect();
+/// One of a name's addresses, of the client's family if there is one.
+async fn resolve(name: &str, port: u16, v4: bool) -> io::Result<SocketAddr> {
+    let mut addresses: Vec<SocketAddr> = tokio::net::lookup_host((name, port)).await?.collect();
+    if addresses.iter().any(|address| address.is_ipv4() == v4) {
+        addresses.retain(|address| address.is_ipv4() == v4);
+    }
     if addresses.is_empty() {
         return Err(io::Error::new(
             io::ErrorKind::NotFound,
@@ -190,12 +210,21 @@ fn weighted(weights: &[u32]) -> usize {
 }
 
 /// What a tunnel tells the other side about its client.
-fn headers(cluster: &str, client: Option<&Workload>, address: IpAddr) -> HeaderMap {
-    let mut headers = HeaderMap::with_capacity(2);
-    let forwarded = match address {
-        IpAddr::V4(v4) => format!("for={v4}"),
-        IpAddr::V6(v6) => format!("for=\"[{v6}]\""),
-    };
+fn headers(
+    cluster: &str,
+    client: Option<&Workload>,
+    address: SocketAddr,
+    service: Option<&str>,
+) -> HeaderMap {
+    let mut headers = HeaderMap::with_capacity(3);
+    let mut forwarded = format!("for=\"{address}\"");
+    if let Some(host) = service {
+        let _ = write!(forwarded, ";host={host}");
+    }
+    let (trace, span): (u128, u64) = (rand::random(), rand::random());
+    if let Ok(value) = HeaderValue::try_from(format!("00-{trace:032x}-{span:016x}-00")) {
+        headers.insert(TRACEPARENT, value);
+    }
     if let Ok(value) = HeaderValue::try_from(forwarded) {
         headers.insert(FORWARDED, value);
     }
@@ -237,8 +266,12 @@ mod tests {
     fn headers_say_who_the_client_is() {
         let mut client = pod("a", "10.0.0.1");
         client.workload_name = "cart".into();
-        let headers = headers("Kubernetes", Some(&client), client.addresses[0]);
-        assert_eq!(headers[FORWARDED], "for=10.0.0.1");
+        let address = SocketAddr::new(client.addresses[0], 4660);
+        let headers = headers("Kubernetes", Some(&client), address, Some("cart.shop"));
+        assert_eq!(headers[FORWARDED], "for=\"10.0.0.1:4660\";host=cart.shop");
+        let traceparent = headers[TRACEPARENT].to_str().unwrap();
+        assert_eq!(traceparent.len(), 55);
+        assert!(traceparent.starts_with("00-"));
         assert_eq!(
             headers[BAGGAGE],
             "k8s.cluster.name=Kubernetes,k8s.namespace.name=shop,k8s.pod.name=cart"
@@ -247,8 +280,8 @@ mod tests {
 
     #[test]
     fn an_ipv6_client_is_quoted() {
-        let headers = headers("c", None, "2001:db8::1".parse().unwrap());
-        assert_eq!(headers[FORWARDED], "for=\"[2001:db8::1]\"");
+        let headers = headers("c", None, "[2001:db8::1]:7".parse().unwrap(), None);
+        assert_eq!(headers[FORWARDED], "for=\"[2001:db8::1]:7\"");
     }
 
     #[test]

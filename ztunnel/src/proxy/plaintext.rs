@@ -8,19 +8,22 @@ use tracing::debug;
 
 use super::{
     copy::{self, refuse_tcp, Broken},
-    observation::{Observation, Parties},
-    refusal,
+    observation::{refused_early, Observation, Parties},
     sockets::original_destination,
     Pod, ProxyContext, OWN_PORTS,
 };
 use crate::{
-    metrics::{Reporter, ResponseFlags},
     rbac::Connection,
+    telemetry::{
+        metrics::{Reporter, ResponseFlags},
+        End,
+    },
 };
 
 /// Serves one captured connection to its end.
 pub async fn serve(context: Arc<ProxyContext>, pod: Arc<Pod>, tcp: TcpStream, peer: SocketAddr) {
     let started = Instant::now();
+    let _socket = context.metrics.socket(Reporter::Destination);
     let destination = match original_destination(&tcp) {
         Ok(destination) => destination,
         Err(error) => {
@@ -28,13 +31,28 @@ pub async fn serve(context: Arc<ProxyContext>, pod: Arc<Pod>, tcp: TcpStream, pe
             return refuse_tcp(&tcp);
         }
     };
-    if OWN_PORTS.contains(&destination.port()) {
-        debug!(peer = %peer, "connection to the proxy's own port refused");
-        return refuse_tcp(&tcp);
-    }
     let workload = context
         .workload_of_destination(&pod, destination.ip())
         .await;
+    // Who could reach the hand-over port of a waypoint could claim to be anybody.
+    let hand_over = workload
+        .as_ref()
+        .and_then(|workload| workload.proxy_protocol_port);
+    if OWN_PORTS.contains(&destination.port()) || hand_over == Some(destination.port()) {
+        refuse_tcp(&tcp);
+        let end = End {
+            workload,
+            ..End::at(destination)
+        };
+        return refused_early(
+            &context,
+            Reporter::Destination,
+            peer,
+            end,
+            ResponseFlags::ConnectionFailure,
+            "the port is the proxy's own",
+        );
+    }
     let source = context
         .state
         .read()
@@ -42,19 +60,23 @@ pub async fn serve(context: Arc<ProxyContext>, pod: Arc<Pod>, tcp: TcpStream, pe
         .cloned();
     let service = workload
         .as_ref()
-        .and_then(|workload| context.service_of(workload, destination.port()));
-    let observation = Observation::start(
+        .and_then(|workload| context.service_of(workload, destination.port(), None));
+    let mut observation = Observation::start(
         &context,
+        &pod,
         Parties {
             reporter: Reporter::Destination,
-            source_address: peer,
-            source,
-            source_identity: None,
-            destination_address: destination,
+            source: End {
+                workload: source,
+                ..End::at(peer)
+            },
+            destination: End {
+                workload: workload.clone(),
+                ..End::at(destination)
+            },
+            target: destination,
             hbone_address: None,
             service,
-            destination: workload.clone(),
-            destination_identity: None,
         },
         started,
     );
@@ -71,11 +93,16 @@ pub async fn serve(context: Arc<ProxyContext>, pod: Arc<Pod>, tcp: TcpStream, pe
         destination,
     };
     let changes = context.state.policies_changed();
-    if let Some(reason) = refusal(&context.authorize(&workload, &connection)) {
+    let judgement = context.authorize(&workload, &connection);
+    observation.judged(judgement.clone());
+    if !judgement.decision.allows() {
         refuse_tcp(&tcp);
         return observation.fail(
             ResponseFlags::PolicyDenied,
-            format_args!("connection closed due to policy rejection: {reason}"),
+            format_args!(
+                "connection closed due to policy rejection: {}",
+                judgement.decision
+            ),
         );
     }
     match pod.sockets.connect_as(peer.ip(), destination).await {

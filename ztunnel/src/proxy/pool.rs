@@ -29,10 +29,13 @@ use super::{
     windows::{OpenTunnels, Windows, CONNECTION_WINDOW},
     Pod,
 };
-use crate::identity::{
-    certificate::{CertificateError, Peer},
-    store::{CertificateStore, NoCertificate},
-    Identity,
+use crate::{
+    identity::{
+        certificate::{CertificateError, Peer},
+        store::{CertificateStore, NoCertificate},
+        Identity,
+    },
+    telemetry::metrics::ResponseFlags,
 };
 
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -57,10 +60,10 @@ pub enum TunnelError {
         to: SocketAddr,
         error: CertificateError,
     },
-    #[error("identity of {to}: expected {expected}, found {found}")]
+    #[error("identity of {to}: expected {}, found {found}", expected.iter().map(ToString::to_string).collect::<Vec<_>>().join(" or "))]
     WrongIdentity {
         to: SocketAddr,
-        expected: Box<Identity>,
+        expected: Vec<Identity>,
         found: Box<Identity>,
     },
     #[error("HTTP/2 with {to}: {error}")]
@@ -71,6 +74,26 @@ pub enum TunnelError {
     Refused(StatusCode),
     #[error("{0}")]
     Shared(Arc<TunnelError>),
+}
+
+impl TunnelError {
+    /// Istio's letters for it.
+    pub fn flags(&self) -> ResponseFlags {
+        match self {
+            Self::NoCertificate(_) => ResponseFlags::IdentityError,
+            Self::Connect { error, .. } if error.kind() == io::ErrorKind::TimedOut => {
+                ResponseFlags::NetworkPolicy
+            }
+            Self::Connect { .. } | Self::Timeout { .. } => ResponseFlags::ConnectionFailure,
+            Self::Tls { .. } | Self::Certificate { .. } | Self::WrongIdentity { .. } => {
+                ResponseFlags::TlsFailure
+            }
+            Self::Http2 { .. } => ResponseFlags::Http2Failure,
+            Self::Refused(StatusCode::UNAUTHORIZED) => ResponseFlags::PolicyDenied,
+            Self::Refused(_) => ResponseFlags::ConnectionFailure,
+            Self::Shared(error) => error.flags(),
+        }
+    }
 }
 
 fn hint(error: &io::Error) -> &'static str {
@@ -96,7 +119,8 @@ pub struct PoolKey {
     /// The pod the connection leaves from: its network namespace and its address.
     pub pod: Arc<str>,
     pub to: SocketAddr,
-    pub destination: Identity,
+    /// Who may answer.
+    pub destination: Vec<Identity>,
 }
 
 type Connecting = watch::Receiver<Option<Result<(), Arc<TunnelError>>>>;
@@ -335,10 +359,10 @@ impl Pool {
                 error: io::ErrorKind::InvalidData.into(),
             })?;
         let peer = Peer::of(leaf).map_err(|error| TunnelError::Certificate { to, error })?;
-        if peer.identity != key.destination {
+        if !key.destination.contains(&peer.identity) {
             return Err(TunnelError::WrongIdentity {
                 to,
-                expected: Box::new(key.destination.clone()),
+                expected: key.destination.clone(),
                 found: Box::new(peer.identity),
             });
         }
@@ -441,7 +465,7 @@ mod tests {
             source: Identity::new("cluster.local", "shop", source),
             pod: pod.into(),
             to: to.parse().unwrap(),
-            destination: Identity::new("cluster.local", "shop", destination),
+            destination: vec![Identity::new("cluster.local", "shop", destination)],
         }
     }
 

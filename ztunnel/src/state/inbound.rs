@@ -3,13 +3,13 @@
 //! for. Anything else would make the pod a relay for whoever has a certificate.
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
 };
 
 use thiserror::Error;
 
-use super::{workload::Workload, MeshState};
+use super::{reference::Gateway, workload::Workload, MeshState};
 use crate::config::{INBOUND_HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT};
 
 /// What a tunnel asks for.
@@ -71,15 +71,14 @@ impl MeshState {
         if let Authority::Address(address) = authority {
             let known = workload.is_some_and(|own| own.addresses.contains(&address.ip()));
             if known || address.ip() == local {
-                let port = address.port();
-                if [OUTBOUND_PORT, INBOUND_PLAINTEXT_PORT, INBOUND_HBONE_PORT].contains(&port) {
-                    return Err(Misdirected::OwnPort(port));
+                return here(workload, *address);
+            }
+        }
+        if let (Authority::Name(host, port), Some(own)) = (authority, workload) {
+            if own.proxy_protocol_port.is_none() {
+                if let Some(target) = self.target_port(own, host, *port) {
+                    return here(workload, SocketAddr::new(local, target));
                 }
-                return Ok(Arrival {
-                    destination: *address,
-                    connect: *address,
-                    proxy_protocol: None,
-                });
             }
         }
         workload
@@ -92,6 +91,13 @@ impl MeshState {
             })
     }
 
+    /// The port of `own` that serves a port of the service of that name, if it is an endpoint.
+    fn target_port(&self, own: &Workload, host: &str, port: u16) -> Option<u16> {
+        let service = self.service_named(host, &own.namespace)?;
+        let ports = own.services.get(&service.key)?;
+        ports.get(&port).copied()
+    }
+
     /// What lies behind the waypoint that `own` is an instance of.
     fn behind(
         &self,
@@ -100,8 +106,14 @@ impl MeshState {
         local: IpAddr,
         authority: &Authority,
     ) -> Option<Arrival> {
-        let hand_over = SocketAddr::new(local, own.proxy_protocol_port?);
-        let stands_for = |waypoint: Option<&super::service::Gateway>| {
+        // Over the loopback address: the program behind may listen there alone, so that nobody
+        // else can hand it a connection and say whose it is.
+        let loopback = match local {
+            IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+            IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+        };
+        let hand_over = SocketAddr::new(loopback, own.proxy_protocol_port?);
+        let stands_for = |waypoint: Option<&Gateway>| {
             waypoint.is_some_and(|gateway| self.is_instance(gateway, Some(own), local))
         };
         let (destination, hostname) = match authority {
@@ -135,12 +147,29 @@ impl MeshState {
     }
 }
 
+/// The pod itself, but for the ports that are not for tunnels.
+fn here(workload: Option<&Workload>, address: SocketAddr) -> Result<Arrival, Misdirected> {
+    let port = address.port();
+    // Who could reach the hand-over port could claim to be anybody.
+    let hand_over = workload.and_then(|own| own.proxy_protocol_port);
+    if [OUTBOUND_PORT, INBOUND_PLAINTEXT_PORT, INBOUND_HBONE_PORT].contains(&port)
+        || hand_over == Some(port)
+    {
+        return Err(Misdirected::OwnPort(port));
+    }
+    Ok(Arrival {
+        destination: address,
+        connect: address,
+        proxy_protocol: None,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::{
         super::{
             fixtures::*,
-            service::{Gateway, GatewayDestination},
+            reference::{GatewayDestination, ServiceKey},
         },
         *,
     };
@@ -197,8 +226,7 @@ mod tests {
 
     #[test]
     fn a_waypoint_takes_what_it_stands_for_and_hands_it_over() {
-        let waypoint: super::super::service::ServiceKey =
-            "shop/waypoint.shop.svc.cluster.local".parse().unwrap();
+        let waypoint: ServiceKey = "shop/waypoint.shop.svc.cluster.local".parse().unwrap();
         let mut state = MeshState::default();
         let mut service = cart();
         service.waypoint = Some(Gateway {
@@ -212,7 +240,7 @@ mod tests {
 
         own.proxy_protocol_port = Some(15088);
         let by_address = arrive(&state, &own, "10.96.0.20:80").unwrap();
-        assert_eq!(by_address.connect, "10.0.0.50:15088".parse().unwrap());
+        assert_eq!(by_address.connect, "127.0.0.1:15088".parse().unwrap());
         assert_eq!(by_address.destination, "10.96.0.20:80".parse().unwrap());
         assert_eq!(by_address.proxy_protocol, Some(None));
 

@@ -1,7 +1,10 @@
 //! All that the proxy knows of the mesh: one index, written by discovery, read by every
 //! connection. Pure: no socket, no clock, no randomness of its own.
 
+mod balance;
+pub mod dump;
 pub mod inbound;
+pub mod reference;
 pub mod route;
 pub mod service;
 pub mod shared;
@@ -13,11 +16,10 @@ use std::{
     sync::Arc,
 };
 
-use serde::Serialize;
-
 use crate::rbac::{Policy, Scope};
-use service::{Service, ServiceKey};
-use workload::{NetworkAddress, Workload};
+use reference::{NetworkAddress, ServiceKey};
+use service::Service;
+use workload::Workload;
 
 /// The index over workloads, services and policies.
 #[derive(Debug, Default)]
@@ -33,14 +35,6 @@ pub struct MeshState {
     policies: HashMap<Arc<str>, Arc<Policy>>,
     global_policies: BTreeMap<Arc<str>, Arc<Policy>>,
     namespace_policies: HashMap<Arc<str>, BTreeMap<Arc<str>, Arc<Policy>>>,
-}
-
-/// Everything in the index, in a stable order, for the admin interface.
-#[derive(Serialize)]
-pub struct Dump {
-    workloads: Vec<Arc<Workload>>,
-    services: Vec<Arc<Service>>,
-    policies: Vec<Arc<Policy>>,
 }
 
 impl MeshState {
@@ -206,18 +200,6 @@ impl MeshState {
             .collect()
     }
 
-    pub fn dump(&self) -> Dump {
-        let mut dump = Dump {
-            workloads: self.workloads.values().cloned().collect(),
-            services: self.services.values().cloned().collect(),
-            policies: self.policies.values().cloned().collect(),
-        };
-        dump.workloads.sort_by(|a, b| a.uid.cmp(&b.uid));
-        dump.services.sort_by(|a, b| a.key.cmp(&b.key));
-        dump.policies.sort_by_key(|policy| policy.key());
-        dump
-    }
-
     fn remove_workload(&mut self, uid: &str) -> bool {
         let Some(old) = self.workloads.remove(uid) else {
             return false;
@@ -307,6 +289,7 @@ pub mod fixtures {
             }],
             waypoint: None,
             balancing: LoadBalancing::default(),
+            identities: vec![],
             canonical: true,
         }
     }

@@ -7,7 +7,9 @@ use std::{
 };
 
 use super::{
-    service::{BalanceMode, Gateway, GatewayDestination, Scope, Service},
+    balance::pick,
+    reference::{Gateway, GatewayDestination},
+    service::{BalanceMode, Service},
     workload::{Tunnel, Workload},
     MeshState,
 };
@@ -25,8 +27,8 @@ pub enum Route {
 pub struct HboneRoute {
     /// Where the tunnel's TLS connection goes.
     pub gateway: SocketAddr,
-    /// Who must answer there.
-    pub identity: Identity,
+    /// Who may answer there: the workload itself first.
+    pub identities: Vec<Identity>,
     /// What the tunnel is asked to connect to.
     pub authority: SocketAddr,
     /// The workload behind `gateway`.
@@ -123,37 +125,6 @@ impl MeshState {
         )
     }
 
-    /// An endpoint of a service and the port it listens on for the service's `port`.
-    pub fn endpoint(
-        &self,
-        client: Client<'_>,
-        service: &Service,
-        port: u16,
-        choose: &mut impl FnMut(&[u32]) -> usize,
-    ) -> Result<(&Arc<Workload>, u16), NoRoute> {
-        if !service.ports.is_empty() && !service.ports.iter().any(|known| known.port == port) {
-            return Err(NoRoute::Port {
-                service: service.key.to_string(),
-                port,
-            });
-        }
-        let candidates: Vec<(&Arc<Workload>, u16)> = self
-            .endpoints(&service.key)
-            .filter(|workload| workload.healthy || service.balancing.any_health)
-            .filter_map(|workload| {
-                let target = *workload.services.get(&service.key)?.get(&port)?;
-                Some((workload, target))
-            })
-            .collect();
-        let best = preferred(client, service, candidates);
-        pick(&best, |(workload, _)| workload.capacity, choose)
-            .copied()
-            .ok_or_else(|| NoRoute::Endpoint {
-                service: service.key.to_string(),
-                port,
-            })
-    }
-
     /// Whether `workload`, at `address`, is one of the instances of a waypoint.
     pub fn is_instance(
         &self,
@@ -214,7 +185,7 @@ impl MeshState {
         let (workload, address) = pick(&healthy, |(workload, _)| workload.capacity, choose)?;
         Some(HboneRoute {
             gateway: SocketAddr::new(*address, gateway.hbone_port),
-            identity: workload.identity(),
+            identities: identities(workload, service.and_then(|key| self.service(key))),
             authority,
             workload: (*workload).clone(),
             service: None,
@@ -244,7 +215,7 @@ fn to_workload(
     Ok(match workload.tunnel {
         Tunnel::Hbone => Route::Hbone(HboneRoute {
             gateway: SocketAddr::new(address, INBOUND_HBONE_PORT),
-            identity: workload.identity(),
+            identities: identities(workload, service.as_ref()),
             authority: target,
             workload: workload.clone(),
             service,
@@ -255,6 +226,13 @@ fn to_workload(
             service,
         }),
     })
+}
+
+fn identities(workload: &Workload, service: Option<&Arc<Service>>) -> Vec<Identity> {
+    let others = service.map_or(&[][..], |service| &service.identities);
+    std::iter::once(workload.identity())
+        .chain(others.iter().cloned())
+        .collect()
 }
 
 /// An address of a workload in the client's family, else any.
@@ -268,66 +246,9 @@ fn address_for(client: Client<'_>, workload: &Workload) -> Option<IpAddr> {
         .copied()
 }
 
-/// The candidates a service's locality preference puts first.
-fn preferred<'a>(
-    client: Client<'_>,
-    service: &Service,
-    candidates: Vec<(&'a Arc<Workload>, u16)>,
-) -> Vec<(&'a Arc<Workload>, u16)> {
-    let scopes = &service.balancing.preference;
-    let Some(me) = client.workload.filter(|_| !scopes.is_empty()) else {
-        return candidates;
-    };
-    let rank = |workload: &Workload| {
-        scopes
-            .iter()
-            .take_while(|scope| in_common(**scope, me, workload))
-            .count()
-    };
-    let needed = match service.balancing.mode {
-        BalanceMode::Strict => scopes.len(),
-        BalanceMode::Failover => candidates
-            .iter()
-            .map(|(workload, _)| rank(workload))
-            .max()
-            .unwrap_or(0),
-        BalanceMode::Even | BalanceMode::Passthrough => 0,
-    };
-    candidates
-        .into_iter()
-        .filter(|(workload, _)| rank(workload) >= needed)
-        .collect()
-}
-
-fn in_common(scope: Scope, a: &Workload, b: &Workload) -> bool {
-    match scope {
-        Scope::Region => a.locality.region == b.locality.region,
-        Scope::Zone => a.locality.zone == b.locality.zone,
-        Scope::Subzone => a.locality.subzone == b.locality.subzone,
-        Scope::Node => a.node == b.node,
-        Scope::Cluster => a.cluster == b.cluster,
-        Scope::Network => a.network == b.network,
-    }
-}
-
-fn pick<'a, T>(
-    candidates: &'a [T],
-    weight: impl Fn(&T) -> u32,
-    choose: &mut impl FnMut(&[u32]) -> usize,
-) -> Option<&'a T> {
-    if candidates.len() < 2 {
-        return candidates.first();
-    }
-    let weights: Vec<u32> = candidates.iter().map(weight).collect();
-    candidates.get(choose(&weights))
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{
-        super::{fixtures::*, service::LoadBalancing},
-        *,
-    };
+    use super::{super::fixtures::*, *};
 
     const VIP: &str = "10.96.0.20:80";
 
@@ -366,7 +287,7 @@ mod tests {
         assert_eq!(route.gateway, "10.0.0.2:15008".parse().unwrap());
         assert_eq!(route.authority, "10.0.0.2:8080".parse().unwrap());
         assert_eq!(
-            route.identity.to_string(),
+            route.identities[0].to_string(),
             "spiffe://cluster.local/ns/shop/sa/cart"
         );
         assert_eq!(route.service.unwrap().key, key());
@@ -401,25 +322,6 @@ mod tests {
     }
 
     #[test]
-    fn unhealthy_endpoints_and_unknown_ports_are_no_route() {
-        let mut state = state();
-        assert!(matches!(
-            route(&state, "10.96.0.20:81"),
-            Err(NoRoute::Port { port: 81, .. })
-        ));
-        for name in ["a", "b"] {
-            let mut sick = pod(name, "10.0.0.1");
-            sick.healthy = false;
-            state.put_workload(sick);
-        }
-        assert!(matches!(route(&state, VIP), Err(NoRoute::Endpoint { .. })));
-        let mut service = cart();
-        service.balancing.any_health = true;
-        state.put_service(service);
-        assert!(route(&state, VIP).is_ok());
-    }
-
-    #[test]
     fn an_external_name_is_left_to_the_resolver() {
         let mut state = state();
         let mut external = pod("x", "10.0.0.9");
@@ -433,35 +335,6 @@ mod tests {
             panic!()
         };
         assert_eq!(route.target, Target::Name("db.example.com".into(), 8080));
-    }
-
-    #[test]
-    fn locality_preference_narrows_the_choice() {
-        let mut state = state();
-        let mut near = pod("near", "10.0.0.3");
-        near.node = "node-1".into();
-        state.put_workload(near.clone());
-        for mode in [BalanceMode::Failover, BalanceMode::Strict] {
-            let mut service = cart();
-            service.balancing = LoadBalancing {
-                preference: vec![Scope::Node],
-                mode,
-                any_health: false,
-            };
-            state.put_service(service);
-            let mut me = pod("me", "10.0.0.77");
-            me.node = "node-1".into();
-            let Ok(Route::Hbone(route)) =
-                state.route(client(Some(&me)), VIP.parse().unwrap(), |_| 0)
-            else {
-                panic!()
-            };
-            assert_eq!(route.workload.uid, near.uid);
-            // On a node without endpoints, failover finds others and strict none.
-            me.node = "node-2".into();
-            let elsewhere = state.route(client(Some(&me)), VIP.parse().unwrap(), |_| 0);
-            assert_eq!(elsewhere.is_ok(), mode == BalanceMode::Failover);
-        }
     }
 
     mod waypoint {
@@ -502,7 +375,7 @@ mod tests {
             let route = hbone(&state, VIP);
             assert_eq!(route.gateway, "10.0.0.50:15008".parse().unwrap());
             assert_eq!(route.authority, VIP.parse().unwrap());
-            assert!(route.identity.to_string().ends_with("/sa/waypoint"));
+            assert!(route.identities[0].to_string().ends_with("/sa/waypoint"));
         }
 
         #[test]

@@ -1,63 +1,12 @@
 //! Services: names and virtual addresses that stand for workloads.
 
-use std::{fmt, str::FromStr, sync::Arc};
+use std::sync::Arc;
 
-use serde::Serialize;
-
-use super::workload::NetworkAddress;
-
-/// A service's key, `NAMESPACE/HOSTNAME`.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ServiceKey {
-    pub namespace: Arc<str>,
-    pub hostname: Arc<str>,
-}
-
-impl fmt::Display for ServiceKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.namespace, self.hostname)
-    }
-}
-
-impl FromStr for ServiceKey {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text.split_once('/') {
-            Some((namespace, hostname)) if !hostname.is_empty() => Ok(Self {
-                namespace: namespace.into(),
-                hostname: hostname.into(),
-            }),
-            _ => Err(format!("service {text:?} is not NAMESPACE/HOSTNAME")),
-        }
-    }
-}
-
-impl Serialize for ServiceKey {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-/// A waypoint: the proxy that traffic must pass on its way.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Gateway {
-    pub destination: GatewayDestination,
-    pub hbone_port: u16,
-}
-
-/// How a waypoint is named.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub enum GatewayDestination {
-    Service(ServiceKey),
-    Address(NetworkAddress),
-}
+use super::reference::{Gateway, NetworkAddress, ServiceKey};
+use crate::identity::Identity;
 
 /// Which localities' endpoints may serve, and which go first.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
-#[serde(rename_all = "camelCase")]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct LoadBalancing {
     /// Scopes in order of importance.
     pub preference: Vec<Scope>,
@@ -67,7 +16,7 @@ pub struct LoadBalancing {
 }
 
 /// What two workloads may have in common.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scope {
     Region,
     Zone,
@@ -78,7 +27,7 @@ pub enum Scope {
 }
 
 /// How a preference is applied.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum BalanceMode {
     /// No preference.
     #[default]
@@ -92,16 +41,14 @@ pub enum BalanceMode {
 }
 
 /// A port of a service.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "camelCase")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ServicePort {
     pub port: u16,
     pub target_port: u16,
 }
 
 /// One Kubernetes Service or ServiceEntry host.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "camelCase")]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Service {
     pub key: ServiceKey,
     pub name: Arc<str>,
@@ -109,6 +56,8 @@ pub struct Service {
     pub ports: Vec<ServicePort>,
     pub waypoint: Option<Gateway>,
     pub balancing: LoadBalancing,
+    /// Identities its endpoints may prove beside their workloads' own.
+    pub identities: Vec<Identity>,
     /// Of several services with this hostname, the one that owns it.
     pub canonical: bool,
 }

@@ -1,16 +1,13 @@
 //! Workloads: the addresses behind everything else. Parsed once from discovery; what a proxy reads
 //! here is known to be well formed.
 
-use std::{collections::HashMap, fmt, net::IpAddr, sync::Arc};
+use std::{collections::HashMap, net::IpAddr, sync::Arc};
 
-use serde::Serialize;
-
-use super::service::{Gateway, ServiceKey};
+use super::reference::{Gateway, ServiceKey};
 use crate::identity::Identity;
 
 /// How a workload takes connections of the mesh.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Default)]
-#[serde(rename_all = "UPPERCASE")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Tunnel {
     /// Plain TCP.
     #[default]
@@ -19,27 +16,8 @@ pub enum Tunnel {
     Hbone,
 }
 
-/// An address on a network; the default network's name is empty.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct NetworkAddress {
-    pub network: Arc<str>,
-    pub address: IpAddr,
-}
-
-impl fmt::Display for NetworkAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.network, self.address)
-    }
-}
-
-impl Serialize for NetworkAddress {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
 /// Where a workload runs, from large to small.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Locality {
     pub region: Arc<str>,
     pub zone: Arc<str>,
@@ -47,8 +25,7 @@ pub struct Locality {
 }
 
 /// One pod, virtual machine or external endpoint.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
-#[serde(rename_all = "camelCase")]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Workload {
     pub uid: Arc<str>,
     pub name: Arc<str>,
@@ -77,7 +54,6 @@ pub struct Workload {
     pub capacity: u32,
     pub host_network: bool,
     /// For each service it belongs to, service port to the port it listens on.
-    #[serde(serialize_with = "services_by_name")]
     pub services: HashMap<ServiceKey, HashMap<u16, u16>>,
 }
 
@@ -93,8 +69,7 @@ impl Workload {
 }
 
 /// What a workload is an instance of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum WorkloadType {
     Deployment,
     CronJob,
@@ -113,11 +88,4 @@ impl WorkloadType {
             Self::Job => "job",
         }
     }
-}
-
-fn services_by_name<S: serde::Serializer>(
-    services: &HashMap<ServiceKey, HashMap<u16, u16>>,
-    serializer: S,
-) -> Result<S::Ok, S::Error> {
-    serializer.collect_map(services.iter().map(|(key, ports)| (key.to_string(), ports)))
 }

@@ -12,9 +12,9 @@ use crate::{
     backoff::Backoff,
     config::Config,
     grpc::{Endpoint, GrpcError, Metadata},
-    metrics::Metrics,
     proto::discovery::{DeltaDiscoveryResponse, Node},
     state::shared::SharedState,
+    telemetry::metrics::Metrics,
 };
 
 const STREAM: &str =

@@ -13,11 +13,9 @@ use crate::{
     proto::{security, workload as proto},
     rbac::{Action, Block, Match, Policy, Scope, ServiceAccount, StringMatch, Values},
     state::{
-        service::{
-            BalanceMode, Gateway, GatewayDestination, LoadBalancing, Scope as LocalityScope,
-            Service, ServiceKey, ServicePort,
-        },
-        workload::{Locality, NetworkAddress, Tunnel, Workload, WorkloadType},
+        reference::{Gateway, GatewayDestination, NetworkAddress, ServiceKey},
+        service::{BalanceMode, LoadBalancing, Scope as LocalityScope, Service, ServicePort},
+        workload::{Locality, Tunnel, Workload, WorkloadType},
     },
 };
 
@@ -163,6 +161,11 @@ pub fn service(message: proto::Service) -> Result<Service> {
             .collect::<Result<_>>()?,
         waypoint: message.waypoint.map(gateway).transpose()?,
         balancing: message.load_balancing.map(balancing).unwrap_or_default(),
+        identities: message
+            .subject_alt_names
+            .iter()
+            .filter_map(|name| name.parse().ok())
+            .collect(),
         canonical: message.canonical,
     })
 }
