@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import lab
 
 
-@pytest.mark.parametrize("scenario", ["links", "many_at_once", "services", "live_connections", "probes"])
+@pytest.mark.parametrize(
+    "scenario", ["links", "many_at_once", "services", "live_connections", "probes", "policing:policies"]
+)
 def test_network(scenario: str) -> None:
     lab.run(scenario)

@@ -20,6 +20,7 @@ from meshlight.node.enrolment import Enrolment
 from meshlight.node.events import Recorder, log
 from meshlight.node.kubelet_api import KubeletApi
 from meshlight.node.network import PodNetwork, run_routes
+from meshlight.node.policies import Policies
 from meshlight.node.references import References
 from meshlight.node.registration import KUBELET_PORT, NodeIdentity, Registration
 from meshlight.node.rootfs import Machine
@@ -55,6 +56,7 @@ class Agent:
         )
         timeout = aiohttp.ClientTimeout(total=None)
         enrolment = Enrolment(self.client, self.node.name, run / "hostfs" / ZTUNNEL_SOCKET)
+        policies = Policies(self.client, self.node.name)
         async with aiohttp.ClientSession(timeout=timeout) as http:
             context = NodeContext(
                 self.client,
@@ -71,6 +73,7 @@ class Agent:
                 self.images,
                 Cgroups(cgroup_label(self.state)),
                 enrolment,
+                policies,
             )
             registration = Registration(self.client, self.node, self.state, self.recorder, self._settled)
             try:
@@ -80,6 +83,7 @@ class Agent:
                         ("registration", registration.run),
                         ("routes", lambda: run_routes(self.client, self.node.name)),
                         ("services", lambda: service_proxy.run(self.client, self.node.name, self.node.address)),
+                        ("policies", policies.run),
                         ("enrolment", enrolment.run),
                         ("images", self._follow_images),
                         ("pods", lambda: self._follow_pods(context)),

@@ -14,6 +14,7 @@ from meshlight.node.cgroups import Cgroups
 from meshlight.node.enrolment import Enrolment
 from meshlight.node.events import Recorder
 from meshlight.node.network import PodNetwork
+from meshlight.node.policies import Policies
 from meshlight.node.references import References
 from meshlight.node.rootfs import Machine
 
@@ -39,6 +40,7 @@ class NodeContext:
     image_mapping: Mapping[str, str]
     cgroups: Cgroups
     enrolment: Enrolment
+    policies: Policies
     starts: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_STARTS_AT_ONCE))
     """Bounds how many pods start at the same time, so that a boot does not thrash."""
 

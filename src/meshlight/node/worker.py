@@ -311,6 +311,8 @@ class PodWorker:
         if any(state.runs for state in self.containers.values()):
             self._event("Normal", "SandboxChanged", "Pod sandbox changed, it will be killed and re-created.")
         self.execution.address = await self._network()
+        if not self._host_network():
+            await self.node.policies.protect(self.pod, (self.execution.address,))
         netns = None if self._host_network() else self.uid
         self.sandbox = await Sandbox.create(self.folder, resolver.hostname(self.pod), netns, self._wake.set)
         for state in self.containers.values():
