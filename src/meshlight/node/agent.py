@@ -18,6 +18,7 @@ from meshlight.node.cgroups import Cgroups, cgroup_label
 from meshlight.node.context import NodeContext
 from meshlight.node.enrolment import Enrolment
 from meshlight.node.events import Recorder, log
+from meshlight.node.eviction import Evictions
 from meshlight.node.kubelet_api import KubeletApi
 from meshlight.node.network import PodNetwork, run_routes
 from meshlight.node.policies import Policies
@@ -87,6 +88,7 @@ class Agent:
                         ("enrolment", enrolment.run),
                         ("images", self._follow_images),
                         ("pods", lambda: self._follow_pods(context)),
+                        ("evictions", Evictions(self.workers).run),
                     ):
                         group.create_task(_persist(name, work))
             finally:

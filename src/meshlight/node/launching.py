@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from meshlight.kube.resources import Object
-from meshlight.node.environment import command_line, expand
+from meshlight.node.environment import ConfigError, command_line, expand
 from meshlight.node.resolver import hostname
 from meshlight.node.rootfs import PRIVATE, Machine, dropped_capabilities, plan
 from meshlight.node.runtime import Mount, Program
@@ -36,7 +36,7 @@ def security(pod: Object, container: Object) -> Object:
 
 
 def identity(pod: Object, context: Object, machine: Machine) -> Identity:
-    """Who the program runs as."""
+    """Who the program runs as. Raises ConfigError for root where root is forbidden."""
     shared = pod["spec"].get("securityContext") or {}
     user, group = context.get("runAsUser"), context.get("runAsGroup")
     groups = [*(shared.get("supplementalGroups") or [])]
@@ -46,6 +46,8 @@ def identity(pod: Object, context: Object, machine: Machine) -> Identity:
         asked = [v for v in (user, group) if v]
         why = "runAsUser and runAsGroup need the cluster to run as root" if asked else ""
         return Identity(None, None, None, why)
+    if context.get("runAsNonRoot") and user == 0:
+        raise ConfigError("container's runAsUser breaks non-root policy")
     ignored = ""
     if context.get("runAsNonRoot") and user is None:
         ignored = "runAsNonRoot without runAsUser: programs of this machine have no user of their own"

@@ -86,7 +86,8 @@ async def check(
         async with asyncio.timeout(limit):
             if (action := probe.get("exec")) is not None:
                 code, output = await execute(list(action.get("command") or []), limit)
-                return f"exit code {code}: {output[:_BODY_SHOWN].strip()}" if code else ""
+                said = output[:_BODY_SHOWN].strip() or f"command terminated with exit code {code}"
+                return said if code else ""
             if (action := probe.get("httpGet")) is not None:
                 return await http_get(action, container, address, http)
             if (action := probe.get("tcpSocket")) is not None:
@@ -94,11 +95,49 @@ async def check(
                 _, writer = await asyncio.open_connection(action.get("host") or address, port)
                 writer.close()
                 return ""
-            return "this kind of probe is not supported: use exec, httpGet or tcpSocket"
+            if (action := probe.get("grpc")) is not None:
+                from meshlight.node import grpc_health  # few pods need it, and it brings HTTP/2 along
+
+                return await grpc_health.check(address, int(action["port"]), action.get("service") or "")
+            return "missing probe handler"
     except TimeoutError:
-        return f"no answer within {limit:g} s"
+        return _timed_out(probe, container, address, limit)
     except (OSError, ValueError, aiohttp.ClientError) as error:
-        return str(error)
+        return _broken(probe, container, address, error)
+
+
+def _target(probe: Object, container: Object, address: str) -> tuple[str, str]:
+    """What a probe asks: (URL of an httpGet or empty, HOST:PORT)."""
+    action = probe.get("httpGet") or probe.get("tcpSocket") or probe.get("grpc") or {}
+    try:
+        where = f"{action.get('host') or address}:{port_number(action.get('port'), container)}"
+    except ValueError:
+        return "", ""
+    if "httpGet" not in probe:
+        return "", where
+    path = str(action.get("path") or "/")
+    return f"{str(action.get('scheme') or 'HTTP').lower()}://{where}/{path.lstrip('/')}", where
+
+
+def _timed_out(probe: Object, container: Object, address: str, limit: float) -> str:
+    url, where = _target(probe, container, address)
+    if url:
+        return f'Get "{url}": context deadline exceeded (Client.Timeout exceeded while awaiting headers)'
+    if probe.get("exec") is not None:
+        return f"command timed out after {limit:g}s"
+    return f"dial tcp {where}: i/o timeout"
+
+
+def _broken(probe: Object, container: Object, address: str, error: Exception) -> str:
+    url, where = _target(probe, container, address)
+    cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+    if isinstance(cause, ConnectionRefusedError) or "Connect call failed" in str(cause):
+        words = f"dial tcp {where}: connect: connection refused"
+    elif isinstance(error, aiohttp.ServerDisconnectedError):
+        words = "EOF"
+    else:
+        words = str(error) or repr(error)
+    return f'Get "{url}": {words}' if url else words
 
 
 async def http_get(action: Object, container: Object, address: str, http: aiohttp.ClientSession) -> str:

@@ -56,6 +56,7 @@ class Facts:
     memory: int
     memory_low: bool
     disk_low: bool
+    disk: int
     architecture: str
     kernel: str
     os_image: str
@@ -76,6 +77,7 @@ class Facts:
             int(meminfo["MemTotal"].split()[0]) * 1024,
             available < _LOW_MEMORY,
             disk.f_bavail * disk.f_frsize < _LOW_DISK,
+            disk.f_blocks * disk.f_frsize,
             {"x86_64": "amd64", "aarch64": "arm64"}.get(kind, kind),
             platform.release(),
             _os_image(),
@@ -139,14 +141,17 @@ def node_object(node: NodeIdentity, facts: Facts) -> Object:
 
 def node_status(node: NodeIdentity, facts: Facts, before: Iterable[Object], now: float) -> Object:
     """The Node's status."""
-    resources = {"cpu": str(facts.cpus), "memory": f"{facts.memory // 1024}Ki", "pods": str(MAX_PODS)}
+    disk = str(facts.disk)
+    capacity = {"cpu": str(facts.cpus), "memory": f"{facts.memory // 1024}Ki", "pods": str(MAX_PODS)}
+    capacity["ephemeral-storage"] = f"{facts.disk // 1024}Ki"
+    for_pods = {"memory": f"{max(0, facts.memory - _LOW_MEMORY) // 1024}Ki", "ephemeral-storage": disk}
     return {
         "addresses": [
             {"type": "InternalIP", "address": node.address},
             {"type": "Hostname", "address": node.name},
         ],
-        "capacity": resources,
-        "allocatable": resources,
+        "capacity": capacity,
+        "allocatable": {**capacity, **for_pods},
         "conditions": conditions(facts, before, now),
         "daemonEndpoints": {"kubeletEndpoint": {"Port": KUBELET_PORT}},
         "nodeInfo": {

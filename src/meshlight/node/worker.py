@@ -53,6 +53,7 @@ class PodWorker:
         self._out_of_memory: dict[str, int] = {}
         self._gone = self._over = self._stale = False
         self._stopped_for = self._stopped_message = ""
+        self._at_once = False
         self._told: Object | None = None
         self._retry = _FIRST_RETRY
         self._not_before = 0.0
@@ -100,6 +101,21 @@ class PodWorker:
         """A ConfigMap or Secret that the pod refers to changed: bring its files up to date."""
         self._stale = True
         self.poke()
+
+    @property
+    def ending(self) -> bool:
+        """Whether the pod is on its way out, or over."""
+        return (
+            self._gone or self._over or bool(self._stopped_for or self.pod["metadata"].get("deletionTimestamp"))
+        )
+
+    def evict(self, message: str, *, now: bool) -> None:
+        """Stop the pod for good to relieve the node; `now` leaves it no time to end by itself."""
+        if self.ending:
+            return
+        self._stopped_for, self._stopped_message, self._at_once = "Evicted", message, now
+        self._event("Warning", "Evicted", message)
+        self._wake.set()
 
     # The loop.
 
@@ -243,7 +259,7 @@ class PodWorker:
         """An end with its message, and its cause where the kernel knows it."""
         message = self.execution.ending(name, run.attempt, run.code)
         count = self.node.cgroups.out_of_memory(self.uid, name)
-        killed = run.code and count > self._out_of_memory.get(name, 0)
+        killed = run.code == 137 and count > self._out_of_memory.get(name, 0)
         self._out_of_memory[name] = count
         return replace(run, message=message, reason="OOMKilled" if killed else run.reason)
 
@@ -391,7 +407,7 @@ class PodWorker:
             asked = probe.get("terminationGracePeriodSeconds")
         else:
             asked = self.pod["metadata"].get("deletionGracePeriodSeconds")
-        grace = grace if asked is None else float(asked)
+        grace = 0.0 if self._at_once else grace if asked is None else float(asked)
         self._event("Normal", "Killing", words, name)
 
         def failed(reason: str) -> None:
