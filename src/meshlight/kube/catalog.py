@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from meshlight.kube.builtin_kinds import BUILTIN
-from meshlight.kube.resource_types import ALL_VERBS, ResourceType, Subresource
+from meshlight.kube.resource_types import ALL_VERBS, ResourceType, ScalePaths, Subresource
 from meshlight.kube.resources import Object, Resource
 
 __all__ = ["BUILTIN", "Catalog", "ResourceType", "Subresource"]
@@ -63,6 +63,11 @@ class Catalog:
 
 
 _ANYTHING = {"x-kubernetes-preserve-unknown-fields": True}
+_WRITES = ("get", "patch", "update")
+
+
+def _path(text: str) -> tuple[str, ...]:
+    return tuple(text.removeprefix(".").split(".")) if text else ()
 
 
 def _crd_types(crd: Object) -> Iterable[ResourceType]:
@@ -70,19 +75,33 @@ def _crd_types(crd: Object) -> Iterable[ResourceType]:
     for version in spec["versions"]:
         if not version.get("served", True):
             continue
-        group, number = spec["group"], version["name"]
+        group, number, kind = spec["group"], version["name"], names["kind"]
+        below = version.get("subresources") or {}
         subresources = []
-        if "status" in (version.get("subresources") or {}):
-            subresources.append(Subresource("status", ("get", "patch", "update"), names["kind"], group, number))
+        if "status" in below:
+            subresources.append(Subresource("status", _WRITES, kind, group, number))
+        scale = None
+        if paths := below.get("scale"):
+            subresources.append(Subresource("scale", _WRITES, "Scale", "autoscaling", "v1"))
+            scale = ScalePaths(
+                _path(paths["specReplicasPath"]),
+                _path(paths["statusReplicasPath"]),
+                _path(paths.get("labelSelectorPath") or ""),
+            )
+        deprecation = ""
+        if version.get("deprecated"):
+            deprecation = version.get("deprecationWarning") or f"{group}/{number} {kind} is deprecated"
         yield ResourceType(
-            Resource(group, number, names["plural"], names["kind"], spec["scope"] == "Namespaced"),
-            names.get("singular") or names["kind"].lower(),
+            Resource(group, number, names["plural"], kind, spec["scope"] == "Namespaced"),
+            names.get("singular") or kind.lower(),
             tuple(names.get("shortNames") or ()),
             tuple(names.get("categories") or ()),
             ALL_VERBS,
             tuple(subresources),
             (version.get("schema") or {}).get("openAPIV3Schema") or _ANYTHING,
             tuple(version.get("additionalPrinterColumns") or ()),
+            scale,
+            deprecation,
             tuple(f["jsonPath"].removeprefix(".") for f in version.get("selectableFields") or ()),
             bool(version.get("storage")),
         )

@@ -18,7 +18,7 @@ from meshlight.kube import requests
 from meshlight.kube.audit import Asked, AuditLog
 from meshlight.kube.authentication import User, impersonated
 from meshlight.kube.authorization import SUPERUSERS, Authorizer
-from meshlight.kube.requests import BODY, TARGET, USER, answer
+from meshlight.kube.requests import BODY, TARGET, USER, WARNINGS, answer
 from meshlight.kube.status import StatusError
 from meshlight.kube.store import CompactedError, FutureError, Store
 
@@ -96,6 +96,8 @@ class Guard:
             broken = StatusError(500, "InternalError", f"Internal error occurred: {error!r}")
             response, message = answer(broken.body(), 500), broken.message
         if not response.prepared:
+            if warnings := request.get(WARNINGS):
+                requests.warned(response, warnings)
             await self._store.durable(self._store.revision)
         if self._audit is not None and (user := request.get(USER)) is not None:
             self._audit.note(self._asked(request, user), response.status, message, request.get(BODY), received)

@@ -80,7 +80,7 @@ def validate(served: ResourceType, obj: Object, old: Object | None = None, subre
     if subresource in _SPEC_PARTS:
         causes = validation.builtin(obj, served.structure)
     elif served.schema is not None:
-        causes = validation.custom(obj, served.structure)
+        causes = validation.custom(obj, served.structure, old)
         if subresource == "status":
             causes = [c for c in causes if c.field.startswith("status")]
     elif subresource == "status":

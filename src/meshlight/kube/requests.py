@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 import yaml
@@ -21,7 +21,9 @@ USER: web.RequestKey[User] = web.RequestKey("user", User)
 TARGET: web.RequestKey[Target] = web.RequestKey("target", Target)
 BODY: web.RequestKey[Any] = web.RequestKey("body", object)
 DUPLICATES: web.RequestKey[tuple[str, ...]] = web.RequestKey("duplicates", tuple)
+WARNINGS: web.RequestKey[tuple[str, ...]] = web.RequestKey("warnings", tuple)
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_R = TypeVar("_R", bound=web.StreamResponse)
 _VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch"}
 
 
@@ -117,7 +119,7 @@ def answer(body: Object | bytes, status: int = 200, content_type: str = "applica
     return web.Response(body=raw, status=status, headers={"Content-Type": content_type})
 
 
-def warned(response: web.Response, warnings: Sequence[str]) -> web.Response:
+def warned(response: _R, warnings: Sequence[str]) -> _R:
     """The response with a Warning header for everything that the request is warned of."""
     for text in warnings:
         plain = " ".join(text.split())  # a header is one line

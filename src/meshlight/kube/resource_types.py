@@ -27,6 +27,15 @@ class Subresource:
     version: str
 
 
+@dataclass(frozen=True, slots=True)
+class ScalePaths:
+    """Paths of wanted replicas, of actual ones and of the selector, each as field names."""
+
+    replicas: tuple[str, ...]
+    actual: tuple[str, ...]
+    selector: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class ResourceType:
     """One served resource type; `schema` is a custom resource's `openAPIV3Schema`, None for built-in kinds."""
@@ -39,6 +48,10 @@ class ResourceType:
     subresources: tuple[Subresource, ...] = ()
     schema: dict[str, Any] | None = None
     printer_columns: tuple[dict[str, Any], ...] = ()
+    scale: ScalePaths | None = None
+    """Where a custom resource keeps what its `scale` subresource shows; None for built-in kinds."""
+    deprecation: str = ""
+    """What users of this version are warned of."""
     selectable_fields: tuple[str, ...] = ()
     """Paths, without the first dot, by which field selectors may choose beside name and namespace."""
     storage_version: bool = True

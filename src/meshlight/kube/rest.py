@@ -5,6 +5,7 @@ No HTTP here: arguments are parsed, answers are objects, refusals are StatusErro
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ import orjson
 
 from meshlight.kube import (
     conversion,
+    definitions,
     deletion,
     managed_fields,
     objects,
@@ -92,6 +94,9 @@ class Rest:
         if served.stored_as:
             return conversion.convert(obj, served.resource.api_version)
         obj["apiVersion"], obj["kind"] = served.resource.api_version, served.resource.kind
+        if served.schema is not None and not served.storage_version:
+            objects.decode(served, obj)  # this version's fields and defaults, as Kubernetes reads objects
+            objects.apply_defaults(served, obj)
         return obj
 
     def _stored(self, served: ResourceType) -> ResourceType:
@@ -138,7 +143,7 @@ class Rest:
         if obj is None:
             raise target.missing()
         obj = self.presented(target.served, obj)
-        return scale.of(obj) if target.subresource == "scale" else obj
+        return scale.of(obj, target.served.scale) if target.subresource == "scale" else obj
 
     def create(self, target: Target, obj: Any, options: WriteOptions) -> Object:
         """Create an object. Raises StatusError 400, 404 (namespace), 409, 422."""
@@ -151,6 +156,8 @@ class Rest:
 
     def _create(self, target: Target, obj: Object, options: WriteOptions, *, applied: bool) -> Object:
         served = target.served
+        if served.schema is not None:
+            self._check_definition(served)
         objects.new(obj, str(uuid.uuid4()))
         if served.resource.namespaced:
             self._check_namespace(target, obj["metadata"].get("name", ""))
@@ -168,8 +175,8 @@ class Rest:
             if self.store.get(key) is not None:
                 raise already_exists(served.resource.group, served.resource.plural, key.name)
             return obj
-        if served.resource.kind == "CustomResourceDefinition":
-            self._establish(obj)
+        if served.resource.kind == definitions.KIND:
+            definitions.establish(self.catalog, obj, None)
         try:
             return self._write(served, key, obj, None)
         except ConflictError:
@@ -193,7 +200,9 @@ class Rest:
 
     def _scale(self, target: Target, old: Object, wanted: Any, options: WriteOptions) -> Object:
         """Write an object's replicas by a Scale."""
-        return scale.of(self._update(target, old, scale.written(old, wanted), options, applied=False))
+        paths = target.served.scale
+        written = scale.written(old, wanted, paths)
+        return scale.of(self._update(target, old, written, options, applied=False), paths)
 
     def patch(self, target: Target, body: Any, content_type: str, options: WriteOptions) -> tuple[Object, bool]:
         """PATCH of any type; also says whether an apply created the object.
@@ -219,7 +228,7 @@ class Rest:
             changed = patch.patched(shown, body, content_type, served.structure)
             return self.replace(target, changed, options), False
         self.presented(served, old)
-        base = scale.of(old) if target.subresource == "scale" else _copy(old)
+        base = scale.of(old, served.scale) if target.subresource == "scale" else _copy(old)
         obj = patch.patched(base, body, content_type, served.structure)
         if target.subresource == "scale":
             return self._scale(target, old, obj, options), False
@@ -284,8 +293,18 @@ class Rest:
             return obj, True
         if orjson.dumps(obj) == before:
             return obj, False
+        is_definition = target.served.resource.kind == definitions.KIND
+        if is_definition:
+            definitions.condition(obj, "Terminating", "True", "InstanceDeletionPending", _DELETING)
         expected = int(obj["metadata"]["resourceVersion"])
-        return self._write(target.served, target.key, obj, expected), False
+        stored = self._write(target.served, target.key, obj, expected)
+        if is_definition:
+            self._delete_instances(stored, options)
+            left = self.store.get(target.key)
+            if left is not None:
+                self._release(left)
+            return stored, self.store.body(target.key) is None
+        return stored, False
 
     def finalize(self, target: Target, obj: Any, options: WriteOptions) -> Object:
         """PUT `namespaces/NAME/finalize`."""
@@ -318,8 +337,8 @@ class Rest:
         if self._finished(updated):
             self._remove(target, updated)
             return updated
-        if served.resource.kind == "CustomResourceDefinition":
-            self._establish(updated)
+        if served.resource.kind == definitions.KIND and subresource != "status":
+            definitions.establish(self.catalog, updated, old)
         try:
             return self._write(served, target.key, updated, int(old["metadata"]["resourceVersion"]))
         except ConflictError:
@@ -342,18 +361,42 @@ class Rest:
         return not metadata.get("deletionGracePeriodSeconds")
 
     def _remove(self, target: Target, obj: Object) -> None:
-        if target.served.resource.kind == "CustomResourceDefinition":
-            for served in self.catalog.types():
-                if (served.resource.group, served.resource.plural) == (
-                    obj["spec"]["group"],
-                    obj["spec"]["names"]["plural"],
-                ):
-                    for instance in list(self.store.objects(served.storage_key)):
-                        metadata = instance["metadata"]
-                        key = Key(served.storage_key, metadata.get("namespace", ""), metadata["name"])
-                        self.store.delete(key, instance)
+        """Remove an object; a definition takes its kind with it, and goes itself with its last object."""
+        served = target.served
+        if served.resource.kind == definitions.KIND:
             self.catalog.remove_crd(obj)
         self.store.delete(target.key, obj)
+        if served.schema is not None:
+            definition = self.store.get(Key(definitions.RESOURCE, "", definitions.name_of(served)))
+            if definition is not None and "deletionTimestamp" in definition["metadata"]:
+                self._release(definition)
+
+    def _delete_instances(self, crd: Object, options: deletion.DeleteOptions) -> None:
+        """Delete every object of a definition that is about to go."""
+        for served in definitions.types_of(self.catalog, crd):
+            for (namespace, name), _ in self.store.bodies(served.storage_key):
+                instance = Target(served, namespace or None, name)
+                with contextlib.suppress(StatusError):  # gone with an earlier version
+                    self.delete(
+                        instance, replace(options, uid="", resource_version="", propagation="Background")
+                    )
+
+    def _release(self, crd: Object) -> None:
+        """Let a definition go once nothing of its kind is left."""
+        types = list(definitions.types_of(self.catalog, crd))
+        if any(self.store.bodies(served.storage_key) for served in types):
+            return
+        metadata = crd["metadata"]
+        finalizers = [f for f in metadata.get("finalizers") or () if f != definitions.CLEANUP]
+        metadata["finalizers"] = finalizers
+        served = self.catalog.lookup("apiextensions.k8s.io", "v1", "customresourcedefinitions")
+        assert served is not None
+        key = Key(definitions.RESOURCE, "", metadata["name"])
+        if finalizers:
+            self._write(served, key, crd, int(metadata["resourceVersion"]))
+        else:
+            self.catalog.remove_crd(crd)
+            self.store.delete(key, crd)
 
     def _check_namespace(self, target: Target, name: str) -> None:
         namespace = self.store.get(Key("/namespaces", "", target.namespace or ""))
@@ -363,6 +406,12 @@ class Rest:
             r = target.served.resource
             because = f"namespace {target.namespace} because it is being terminated"
             raise forbidden(r.group, r.plural, name, f"unable to create new content in {because}")
+
+    def _check_definition(self, served: ResourceType) -> None:
+        definition = self.store.get(Key(definitions.RESOURCE, "", definitions.name_of(served)))
+        if definition is not None and "deletionTimestamp" in definition["metadata"]:
+            message = "create not allowed while custom resource definition is terminating"
+            raise StatusError(405, "MethodNotAllowed", message)
 
     @staticmethod
     def _decode(target: Target, obj: Object, options: WriteOptions) -> None:
@@ -374,31 +423,11 @@ class Rest:
         if problems and options.field_validation != "Ignore":
             options.warnings.extend(problems)
 
-    def _establish(self, crd: Object) -> None:
-        """Serve a CustomResourceDefinition and say so in its conditions."""
-        try:
-            self.catalog.add_crd(crd)
-        except (KeyError, TypeError) as error:
-            raise bad_request(f"CustomResourceDefinition lacks {error}") from error
-        crd["status"] = {
-            "acceptedNames": crd["spec"]["names"],
-            "storedVersions": [v["name"] for v in crd["spec"]["versions"] if v.get("storage")],
-            "conditions": [
-                {
-                    "type": kind,
-                    "status": "True",
-                    "reason": reason,
-                    "lastTransitionTime": objects.now(),
-                }
-                for kind, reason in (
-                    ("NamesAccepted", "NoConflicts"),
-                    ("Established", "InitialNamesAccepted"),
-                )
-            ],
-        }
-
     def _conflict(self, target: Target) -> StatusError:
         return conflict(target.served.resource.group, target.served.resource.plural, target.name)
+
+
+_DELETING = "CustomResourceDefinition marked for deletion; CustomResource deletion will begin soon"
 
 
 def _copy(obj: Object) -> Object:

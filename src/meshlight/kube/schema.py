@@ -6,6 +6,7 @@ strategic merge keys, server-side apply, OpenAPI documents. Knows nothing of sto
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +20,18 @@ _CONSTRAINTS = (
     "pattern", "minLength", "maxLength", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
     "multipleOf", "minItems", "maxItems", "uniqueItems", "minProperties", "maxProperties", "format",
 )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One of a schema's `x-kubernetes-validations`: a CEL expression and the words for its failure."""
+
+    expression: str
+    message: str = ""
+    message_expression: str = ""
+    reason: str = "FieldValueInvalid"
+    field_path: str = ""
+    optional_old_self: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -52,6 +65,10 @@ class Schema:
     nullable: bool = False
     embedded: bool = False
     constraints: Object = field(default_factory=dict)
+    rules: tuple[Rule, ...] = ()
+    plain: bool | None = None
+    """Whether CEL sees its values as they are; `rules` finds out."""
+    _ruled: bool | None = None
     _plan: list[tuple[str, Schema]] | None = None
     _defaulted: bool | None = None
 
@@ -74,6 +91,21 @@ class Schema:
             self._defaulted = bool(self.default_plan()) or any(s is not None and s.defaulted() for s in below)
         return self._defaulted
 
+    def below(self) -> Iterator[Schema]:
+        """The schemas of what is directly inside."""
+        yield from self.properties.values()
+        if self.values is not None:
+            yield self.values
+        if self.items is not None:
+            yield self.items
+
+    def ruled(self) -> bool:
+        """Whether it or anything below has rules; computed once."""
+        if self._ruled is None:
+            self._ruled = False  # what a recursive type finds on its way round
+            self._ruled = bool(self.rules) or any(s.ruled() for s in self.below())
+        return self._ruled
+
 
 ANY = Schema(open=True)
 """A value of which nothing is known: maps merge field by field, lists are atomic."""
@@ -88,6 +120,22 @@ def from_openapi(json_schema: Object, metadata: Schema) -> Schema:
     text = Schema(type="string")
     root.properties = {**root.properties, "apiVersion": text, "kind": text, "metadata": metadata}
     return root
+
+
+def from_node(json_schema: Object) -> Schema:
+    """The schema of one value, from a part of an `openAPIV3Schema`."""
+    return _node(json_schema)
+
+
+def _rule(source: Object) -> Rule:
+    return Rule(
+        source["rule"],
+        source.get("message") or "",
+        source.get("messageExpression") or "",
+        source.get("reason") or "FieldValueInvalid",
+        source.get("fieldPath") or "",
+        bool(source.get("optionalOldSelf")),
+    )
 
 
 def _node(source: Object) -> Schema:
@@ -114,6 +162,7 @@ def _node(source: Object) -> Schema:
     untyped = not node.type and not node.properties and not node.format
     node.open = bool(source.get("x-kubernetes-preserve-unknown-fields") or extra is True or untyped)
     node.constraints = {k: source[k] for k in _CONSTRAINTS if k in source}
+    node.rules = tuple(_rule(rule) for rule in source.get("x-kubernetes-validations") or ())
     for word in ("allOf", "anyOf", "oneOf"):
         if word in source:
             node.constraints[word] = [_node(branch) for branch in source[word]]

@@ -40,6 +40,7 @@ from meshlight.kube.requests import (
     MAX_BODY,
     TARGET,
     USER,
+    WARNINGS,
     answer,
     body_of,
     is_watch,
@@ -189,6 +190,8 @@ class Server:
         """Every path below a group-version."""
         request[TARGET] = target
         self._authorize(request, target)
+        if target.served.deprecation:
+            request[WARNINGS] = (target.served.deprecation,)
         if target.served.verbs == ("create",) and request.method != "POST":
             raise not_allowed()
         if target.served.resource.group == metrics_api.GROUP:

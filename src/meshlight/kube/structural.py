@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import binascii
 import datetime
-import functools
 import ipaddress
 import math
 import re
@@ -17,6 +16,7 @@ from typing import Any
 import orjson
 
 from meshlight.kube import field_errors as faults
+from meshlight.kube import patterns
 from meshlight.kube.resources import Object
 from meshlight.kube.schema import UNSET, Schema
 from meshlight.kube.status import Cause
@@ -212,17 +212,11 @@ def _logic(value: Any, limits: Object, path: str) -> list[Cause]:
     return causes
 
 
-@functools.lru_cache(maxsize=1024)
-def _compiled(pattern: str) -> re.Pattern[str] | None:
-    try:
-        return re.compile(pattern.replace(r"\z", r"\Z"))
-    except re.error:
-        return None  # RE2 knows what Python's does not; such a pattern is not checked
-
-
 def _matches(pattern: str, value: str) -> bool:
-    compiled = _compiled(pattern)
-    return compiled is None or compiled.search(value) is not None
+    try:
+        return patterns.compiled(pattern).search(value) is not None
+    except patterns.PatternError:
+        return True  # a definition with such a pattern is refused; one from before that rule stays usable
 
 
 def _formatted(form: str, value: str) -> bool:

@@ -5,15 +5,17 @@ Pure. Objects have been decoded and defaulted: fields have their types, and thos
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
-from meshlight.kube import field_errors, structural
+from meshlight.kube import field_errors, rules, structural
 from meshlight.kube.resources import Object
 from meshlight.kube.schema import Schema
 from meshlight.kube.status import Cause
 from meshlight.kube.validation import (
     bounds,
     configuration,
+    definitions,
     istio_networking,
     istio_security,
     names,
@@ -55,7 +57,7 @@ _RULES: dict[str, Rule] = {
     "RoleBinding": configuration.binding,
     "ClusterRoleBinding": configuration.binding,
     "Ingress": configuration.ingress,
-    "CustomResourceDefinition": configuration.resource_definition,
+    "CustomResourceDefinition": definitions.definition,
 }
 _UPDATE_RULES: dict[str, UpdateRule] = {
     "Pod": pods.pod_update,
@@ -74,7 +76,7 @@ _UPDATE_RULES: dict[str, UpdateRule] = {
     "Secret": configuration.secret_update,
     "RoleBinding": configuration.binding_update,
     "ClusterRoleBinding": configuration.binding_update,
-    "CustomResourceDefinition": configuration.resource_definition_update,
+    "CustomResourceDefinition": definitions.definition_update,
 }
 _CUSTOM_RULES: dict[tuple[str, str], Rule] = {
     ("security.istio.io", "AuthorizationPolicy"): istio_security.authorization_policy,
@@ -111,11 +113,32 @@ def builtin(obj: Object, schema: Schema, old: Object | None = None) -> list[Caus
     return causes
 
 
-def custom(obj: Object, schema: Schema) -> list[Cause]:
-    """Faults of a custom resource: its schema's, then those its own webhook would find."""
-    causes = names.metadata(obj) + structural.validate(obj, schema)
+def custom(obj: Object, schema: Schema, old: Object | None = None) -> list[Cause]:
+    """Faults of a custom resource: its schema's, its CEL rules', then those its own webhook would find.
+
+    What an unchanged value of `old` had already is not held against the change.
+    """
+    causes = names.metadata(obj) + (structural.validate(obj, schema) or rules.evaluate(obj, schema, old))
+    if causes and old is not None:
+        before = structural.validate(old, schema) or rules.evaluate(old, schema, None)
+        known = {(c.field, c.message) for c in before}
+        causes = [
+            c for c in causes if (c.field, c.message) not in known or _at(obj, c.field) != _at(old, c.field)
+        ]
     rule = _CUSTOM_RULES.get(_group_kind(obj))
     return causes if causes or rule is None else rule(obj)
+
+
+def _at(value: object, path: str) -> object:
+    """The value at a cause's path, None where there is none."""
+    for step in re.findall(r"[^.\[\]]+", path):
+        if isinstance(value, dict):
+            value = value.get(step)
+        elif isinstance(value, list) and step.isdigit() and int(step) < len(value):
+            value = value[int(step)]
+        else:
+            return None
+    return value
 
 
 def warnings(obj: Object) -> list[str]:
