@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import json
 import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from controlplane_objects import pod, security, service
+from controlplane_objects import endpoint_slice, pod, security, service
 from grpclib import GRPCError, Status
 from grpclib.client import Channel, StreamStreamMethod, UnaryUnaryMethod
 from test_controlplane_ca import PROXY, ZTUNNEL, Reviewer, ask
@@ -312,3 +313,43 @@ async def test_an_unreadable_object_keeps_its_last_readable_state(istiod: Istiod
 )
 def test_only_loopback_is_let_in_without_a_token(peer: str, expected: bool) -> None:
     assert serve.is_loopback(peer) is expected
+
+
+async def test_debug_pages_under_istios_keys(istiod: Istiod) -> None:
+    entry = {
+        "kind": "ServiceEntry",
+        "metadata": {"name": "ext", "namespace": "shop"},
+        "spec": {"hosts": ["api.example.com"], "resolution": "DNS", "ports": [{"number": 443, "name": "tls"}]},
+    }
+    istiod.set(pod("web-1"), service(), endpoint_slice("web-1"), entry)
+    istiod.discovery.start()
+    pages = {}
+    for name in ("registryz", "endpointz", "ambientz", "workloadz", "servicez", "mesh", "adsz", "list"):
+        status, text = await read(istiod, f"/debug/{name}")
+        assert status == 200, name
+        pages[name] = json.loads(text)
+    registered = {found["hostname"]: found for found in pages["registryz"]}
+    web = registered["web.shop.svc.cluster.local"]
+    assert web["Attributes"] == {"ServiceRegistry": "Kubernetes", "Name": "web", "Namespace": "shop"}
+    assert web["clusterVIPs"]["Addresses"] == {"Kubernetes": ["10.96.0.7"]}
+    assert registered["api.example.com"]["MeshExternal"]
+    shards = pages["endpointz"]["web.shop.svc.cluster.local"]["shop"]["Shards"]["Kubernetes/Kubernetes"]
+    assert [(e["Addresses"], e["EndpointPort"]) for e in shards] == [(["10.244.1.5"], 8080)]
+    assert {w["name"] for w in pages["ambientz"]["workloads"]} == {"web-1", "ext"}
+    assert pages["mesh"]["trustDomain"] == "cluster.local"
+    assert "/debug/syncz" in pages["list"]
+
+
+async def test_a_proxys_configuration_is_dumped(istiod: Istiod) -> None:
+    istiod.set(pod("web-1"))
+    istiod.discovery.start()
+    async with Channel("127.0.0.1", istiod.plain_port) as channel, opened(channel) as stream:
+        await stream.ask()
+        await stream.answer()
+        status, text = await read(istiod, "/debug/config_dump?proxyID=ztunnel-1.istio-system")
+        assert status == 200
+        (config,) = json.loads(text)["configs"]
+        assert config["resource"]["workload"]["addresses"] == ["10.244.1.5"]
+        await eventually(istiod, "/debug/syncz", '"ackedTime"')
+        status, text = await read(istiod, "/debug/config_dump?proxyID=nobody")
+        assert (status, "connected are: ztunnel-1.istio-system" in text) == (404, True)

@@ -111,6 +111,10 @@ class Subscription:
         """What the client asked for."""
         return [WILDCARD] if self.wildcard else sorted(self._requested)
 
+    def wanted(self) -> Iterator[Published]:
+        """The present resources that the client asked for."""
+        yield from (resource for resource in self._resources if self._wants(resource))
+
     def receive(self, request: ads.DeltaDiscoveryRequest, now: float) -> Rejection | None:
         """Take a request of this type: a subscription, an ACK or a NACK, or both at once."""
         rejection = self._acknowledge(request, now)
