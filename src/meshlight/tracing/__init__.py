@@ -1,0 +1,1 @@
+"""Jaeger's role: receives spans and flow records, keeps them, and answers questions about them."""
