@@ -82,7 +82,9 @@ def children(trace: Iterable[Span]) -> dict[bytes, list[Span]]:
 
 def _host(span: Span) -> object:
     attributes = span.resource.attributes
-    return attributes.get("host.name") or attributes.get("k8s.node.name") or attributes.get("ip") or span.service
+    return (
+        attributes.get("host.name") or attributes.get("k8s.node.name") or attributes.get("ip") or span.service
+    )
 
 
 def correct_clocks(trace: Trace) -> None:
@@ -105,7 +107,9 @@ def correct_clocks(trace: Trace) -> None:
         if shift:
             span.start += shift
             span.end += shift
-            span.events = [Event(e.time + shift, e.name, e.attributes, e.dropped_attributes) for e in span.events]
+            span.events = [
+                Event(e.time + shift, e.name, e.attributes, e.dropped_attributes) for e in span.events
+            ]
             span.warnings = [*span.warnings, f"clock skew: shifted by {shift / 1e6:.3f} ms to fit its parent"]
         todo += [(child, shift, span) for child in below.get(span.span_id, [])]
 
@@ -115,9 +119,6 @@ def _shift(span: Span, parent: Span) -> int:
     if span.start >= parent.start and span.end <= parent.end:
         return 0
     room = parent.duration - span.duration
-    if room < 0:
-        # Longer than its parent: asynchronous, or cut short by a timeout. Only the start can be wrong.
-        shift = max(0, parent.start - span.start)
-    else:
-        shift = parent.start + room // 2 - span.start
+    # Longer than its parent: asynchronous, or cut short by a timeout. Only the start can be wrong.
+    shift = max(0, parent.start - span.start) if room < 0 else parent.start + room // 2 - span.start
     return shift if abs(shift) <= MAX_SKEW else 0

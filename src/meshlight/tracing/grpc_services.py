@@ -230,7 +230,9 @@ def query_services(traces: Traces) -> list[Any]:
         request = await query.parse(jaeger.GetTraceRequestV3, body, context)
         identity = parse_trace_id(request.trace_id)
         if identity is None:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "trace_id must be 16 or 32 hexadecimal digits")
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT, "trace_id must be 16 or 32 hexadecimal digits"
+            )
             return
         for piece in _pieces(await query.one(identity, request.raw_traces, context)):
             yield otlp.encode_spans(piece)
@@ -257,7 +259,10 @@ def query_services(traces: Traces) -> list[Any]:
             v3 + "GetOperations": operations_v3,
             v3 + "GetDependencies": query.dependencies,
         },
-        {v2 + "GetTrace": get_v2, v2 + "FindTraces": find_v2, v3 + "GetTrace": get_v3, v3 + "FindTraces": find_v3},
+        {
+            v2 + "GetTrace": get_v2,
+            v2 + "FindTraces": find_v2,
+            v3 + "GetTrace": get_v3,
+            v3 + "FindTraces": find_v3,
+        },
     )
-
-

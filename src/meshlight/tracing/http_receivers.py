@@ -98,7 +98,9 @@ def add_otlp(app: web.Application, intake: Intake) -> None:
                 else:
                     # google.rpc.Status: code 1, message 2; a PartialSuccess has the same shape on the wire.
                     body = otlp.PartialSuccess(rejected=code, message=message).SerializeToString()
-                return web.Response(status=status, body=body, headers=headers, content_type=request.content_type)
+                return web.Response(
+                    status=status, body=body, headers=headers, content_type=request.content_type
+                )
 
             taken = await _taken(intake, names[as_json], request, failed)
             if isinstance(taken, web.Response):

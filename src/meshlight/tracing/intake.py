@@ -59,7 +59,9 @@ class Intake:
         except (Busy, Unwritable) as error:
             self.measures.refused.labels(receiver, transport).inc(len(decoded.rows))
             raise Refused(str(error), error.retry_after, isinstance(error, Unwritable)) from None
-        (self.measures.logs if logs else self.measures.accepted).labels(receiver, transport).inc(len(decoded.rows))
+        (self.measures.logs if logs else self.measures.accepted).labels(receiver, transport).inc(
+            len(decoded.rows)
+        )
         return decoded
 
     async def _decode(self, decoder: Decoder, body: bytes) -> Decoded:

@@ -63,7 +63,8 @@ def _write_span(span: Span, process: str) -> Json:
         "duration": span.duration // 1000,
         "tags": tags(jaeger_tags.to_tags(span)),
         "logs": [
-            {"timestamp": event.time // 1000, "fields": tags(jaeger_tags.log_fields(event))} for event in span.events
+            {"timestamp": event.time // 1000, "fields": tags(jaeger_tags.log_fields(event))}
+            for event in span.events
         ],
         "processID": process,
         "warnings": span.warnings or None,
@@ -135,9 +136,14 @@ def _read_span(found: Json, processes: Json) -> Span:
         flags=int(found.get("flags") or 0),
     )
     process = found.get("process") or processes.get(found.get("processID") or "") or {}
-    of = {"service.name": str(process.get("serviceName") or "unknown_service")} | _read_tags(process.get("tags"))
+    of = {"service.name": str(process.get("serviceName") or "unknown_service")} | _read_tags(
+        process.get("tags")
+    )
     jaeger_tags.from_tags(span, _read_tags(found.get("tags")), of)
-    references = [(str(r["refType"]), _read_id(r["traceID"], 16), _read_id(r["spanID"], 8)) for r in found.get("references") or []]
+    references = [
+        (str(r["refType"]), _read_id(r["traceID"], 16), _read_id(r["spanID"], 8))
+        for r in found.get("references") or []
+    ]
     if found.get("parentSpanID"):
         references.append(("CHILD_OF", span.trace_id, _read_id(found["parentSpanID"], 8)))
     jaeger_tags.set_references(span, references)

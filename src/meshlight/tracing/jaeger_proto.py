@@ -66,7 +66,9 @@ def read_span(found: Any, process: Attributes) -> Span:
     if not 0 <= start <= MAX_TIME or not start <= end <= MAX_TIME:
         raise ValueError("start_time or duration is out of range")
     trace = _identity(found.trace_id, 16, "trace_id")
-    span = Span(trace, _identity(found.span_id, 8, "span_id"), b"", found.operation_name, start, end, flags=found.flags)
+    span = Span(
+        trace, _identity(found.span_id, 8, "span_id"), b"", found.operation_name, start, end, flags=found.flags
+    )
     jaeger_tags.from_tags(span, _tags(found.tags), process)
     references = []
     for reference in found.references:
@@ -80,7 +82,13 @@ def read_span(found: Any, process: Attributes) -> Span:
 
 
 def _write_tags(target: Any, attributes: Attributes) -> None:
-    fields = {"string": "v_str", "bool": "v_bool", "int64": "v_int64", "float64": "v_float64", "binary": "v_binary"}
+    fields = {
+        "string": "v_str",
+        "bool": "v_bool",
+        "int64": "v_int64",
+        "float64": "v_float64",
+        "binary": "v_binary",
+    }
     for key, value in attributes.items():
         kind, plain = jaeger_tags.typed(value)
         target.add(key=key, v_type=list(fields).index(kind), **{fields[kind]: plain})
@@ -89,7 +97,11 @@ def _write_tags(target: Any, attributes: Attributes) -> None:
 def write_span(span: Span) -> Any:
     """A span as `jaeger.Span`, with its process."""
     made: Any = jaeger.Span(
-        trace_id=span.trace_id, span_id=span.span_id, operation_name=span.name, flags=span.flags, warnings=span.warnings
+        trace_id=span.trace_id,
+        span_id=span.span_id,
+        operation_name=span.name,
+        flags=span.flags,
+        warnings=span.warnings,
     )
     _moment(made.start_time, span.start)
     _moment(made.duration, span.duration)

@@ -11,7 +11,7 @@ KINDS = {name: number for number, name in enumerate(KIND_NAMES) if name}
 SCOPE_NAME, SCOPE_VERSION = "otel.scope.name", "otel.scope.version"
 STATUS_CODE, STATUS_TEXT = "otel.status_code", "otel.status_description"
 TRACE_STATE = "w3c.tracestate"
-FOLLOWS_FROM = "opentracing.ref_type"
+REFERENCE = "opentracing.ref_type"
 """Attribute of a link that was a reference: OpenTelemetry's convention for OpenTracing's references."""
 
 
@@ -80,11 +80,13 @@ def event_of(time: int, fields: Attributes) -> Event:
 def references(span: Span) -> list[tuple[str, bytes, bytes]]:
     """References of a span: type, trace id, span id; the parent first."""
     found = []
+    child = bool(span.parent_id)
     for link in span.links:
-        kind = "CHILD_OF" if link.attributes.get(FOLLOWS_FROM) == "child_of" else "FOLLOWS_FROM"
-        found.append((kind, link.trace_id, link.span_id))
-    follows_parent = ("FOLLOWS_FROM", span.trace_id, span.parent_id) in found
-    if span.parent_id and not follows_parent:
+        kind = link.attributes.get(REFERENCE)
+        found.append(("CHILD_OF" if kind == "child_of" else "FOLLOWS_FROM", link.trace_id, link.span_id))
+        # It was the only reference of its span, and so stands for the parent.
+        child = child and not (kind == "follows_from" and link.span_id == span.parent_id)
+    if child:
         found.insert(0, ("CHILD_OF", span.trace_id, span.parent_id))
     return found
 
@@ -104,8 +106,7 @@ def set_references(span: Span, found: list[tuple[str, bytes, bytes]]) -> None:
     for reference in found:
         if reference is not parent:
             kind, trace, identity = reference
-            attributes: Attributes = {FOLLOWS_FROM: "child_of"} if kind == "CHILD_OF" else {}
-            span.links.append(Link(trace, identity, attributes=attributes))
+            span.links.append(Link(trace, identity, attributes={REFERENCE: kind.lower()}))
 
 
 def typed(value: Value) -> tuple[str, Value]:

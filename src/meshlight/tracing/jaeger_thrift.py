@@ -16,8 +16,24 @@ from meshlight.tracing.model import Attributes, Span, Value
 from meshlight.tracing.otlp import cut
 from meshlight.tracing.rows import row
 
-STOP, BOOL, BYTE, DOUBLE, I16, I32, I64, STRING, STRUCT, MAP, SET, LIST = 0, 2, 3, 4, 6, 8, 10, 11, 12, 13, 14, 15
-_FIXED = {BYTE: struct.Struct(">b"), DOUBLE: struct.Struct(">d"), I16: struct.Struct(">h"), I32: struct.Struct(">i"), I64: struct.Struct(">q")}  # fmt: skip
+STOP, BOOL, BYTE, DOUBLE, I16, I32, I64, STRING, STRUCT, MAP, SET, LIST = (
+    0,
+    2,
+    3,
+    4,
+    6,
+    8,
+    10,
+    11,
+    12,
+    13,
+    14,
+    15,
+)
+_FIXED = {
+    kind: struct.Struct(form)
+    for kind, form in ((BYTE, ">b"), (DOUBLE, ">d"), (I16, ">h"), (I32, ">i"), (I64, ">q"))
+}
 MAX_DEPTH = 16
 Struct = dict[int, Any]
 
@@ -90,7 +106,15 @@ def decode_batch(body: bytes) -> Decoded:
     for index, found in enumerate(spans):
         try:
             made = row(_span(found, process))
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, struct.error, IndexError) as error:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            OverflowError,
+            struct.error,
+            IndexError,
+        ) as error:
             decoded.reject(f"span {index}: {error!r}")
             continue
         if max(map(len, made.attributes), default=0) > MAX_ATTRIBUTE:

@@ -17,11 +17,21 @@ class Measures:
         def gauge(name: str, text: str, *labels: str) -> Gauge:
             return Gauge(name, text, labels, registry=self.registry)
 
-        self.accepted = counter("otelcol_receiver_accepted_spans", "Spans accepted durably", "receiver", "transport")
-        self.refused = counter("otelcol_receiver_refused_spans", "Spans refused, to be sent again", "receiver", "transport")
-        self.malformed = counter("meshlight_tracing_malformed_requests", "Requests that no decoder could read", "receiver")
-        self.rejected = counter("meshlight_tracing_rejected_records", "Records left out of accepted requests", "receiver")
-        self.logs = counter("otelcol_receiver_accepted_log_records", "Log records accepted durably", "receiver", "transport")
+        self.accepted = counter(
+            "otelcol_receiver_accepted_spans", "Spans accepted durably", "receiver", "transport"
+        )
+        self.refused = counter(
+            "otelcol_receiver_refused_spans", "Spans refused, to be sent again", "receiver", "transport"
+        )
+        self.malformed = counter(
+            "meshlight_tracing_malformed_requests", "Requests that no decoder could read", "receiver"
+        )
+        self.rejected = counter(
+            "meshlight_tracing_rejected_records", "Records left out of accepted requests", "receiver"
+        )
+        self.logs = counter(
+            "otelcol_receiver_accepted_log_records", "Log records accepted durably", "receiver", "transport"
+        )
         self.queries = counter("jaeger_query_requests", "Queries", "operation", "result")
         self.latency = Histogram(
             "jaeger_query_latency", "Seconds a query took", ("operation", "result"), registry=self.registry
@@ -29,7 +39,9 @@ class Measures:
         self.records = gauge("meshlight_tracing_records", "Records in the store", "collection")
         self.bytes = gauge("meshlight_tracing_bytes", "Bytes of parts", "collection")
         self.parts = gauge("meshlight_tracing_parts", "Parts", "collection")
-        self.pending = gauge("meshlight_tracing_pending_bytes", "Bytes received and not yet durable", "collection")
+        self.pending = gauge(
+            "meshlight_tracing_pending_bytes", "Bytes received and not yet durable", "collection"
+        )
         self.expired = gauge("meshlight_tracing_expired_records", "Records dropped by retention", "collection")
         self.damaged = gauge("meshlight_tracing_damaged_files", "Files set aside as damaged", "collection")
 

@@ -55,7 +55,18 @@ def decode_traces(body: bytes) -> Decoded:
                 if span.events or span.links or span.dropped_events or span.dropped_links:
                     extra = _extra(span)
                 append(
-                    Row(trace_id, span_id, parent, start, end or start, span.name, form, origin, attributes, extra)
+                    Row(
+                        trace_id,
+                        span_id,
+                        parent,
+                        start,
+                        end or start,
+                        span.name,
+                        form,
+                        origin,
+                        attributes,
+                        extra,
+                    )
                 )
     _check(decoded.rows)
     return decoded
@@ -113,7 +124,9 @@ def _extra(span: Any) -> bytes:
     try:
         otlp.SpanExtra.FromString(made)
     except DecodeError:
-        raise Malformed(f"span {span.span_id.hex()}: an event or link is not the message that OTLP says") from None
+        raise Malformed(
+            f"span {span.span_id.hex()}: an event or link is not the message that OTLP says"
+        ) from None
     return made
 
 

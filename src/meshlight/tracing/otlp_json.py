@@ -12,7 +12,14 @@ import orjson
 
 from meshlight.tracing.decoding import MAX_ATTRIBUTE, MAX_TIME, Decoded, Malformed
 from meshlight.tracing.model import (
-    Attributes, Event, Link, LogRecord, Resource, Scope, Span, Value,
+    Attributes,
+    Event,
+    Link,
+    LogRecord,
+    Resource,
+    Scope,
+    Span,
+    Value,
 )  # fmt: skip
 from meshlight.tracing.otlp import cut
 from meshlight.tracing.rows import Row, log_row, row
@@ -25,9 +32,18 @@ def decode_traces(body: bytes) -> Decoded:
     decoded = Decoded()
     for resource, scope, item, where in _items(body, "resourceSpans", "scopeSpans", "spans"):
         span = _guard(where, lambda r=resource, s=scope, i=item: _read_span(i, r, s))  # type: ignore[misc]
-        if len(span.trace_id) != 16 or not any(span.trace_id) or len(span.span_id) != 8 or not any(span.span_id):
+        if (
+            len(span.trace_id) != 16
+            or not any(span.trace_id)
+            or len(span.span_id) != 8
+            or not any(span.span_id)
+        ):
             decoded.reject(f"{where}: traceId must be 32 and spanId 16 hexadecimal digits, not all zero")
-        elif len(span.parent_id) not in (0, 8) or not 0 <= span.start <= MAX_TIME or not 0 <= span.end <= MAX_TIME:
+        elif (
+            len(span.parent_id) not in (0, 8)
+            or not 0 <= span.start <= MAX_TIME
+            or not 0 <= span.end <= MAX_TIME
+        ):
             decoded.reject(f"{where}: parentSpanId or a time is out of range")
         else:
             decoded.rows.append(_bounded(_guard(where, lambda s=span: row(s))))  # type: ignore[misc]
@@ -130,7 +146,9 @@ def _id(found: Json, name: str) -> bytes:
 def _read_resource(group: Json) -> Resource:
     inner = group.get("resource") or {}
     attributes = read_attributes(inner.get("attributes"))
-    return Resource(attributes, int(inner.get("droppedAttributesCount") or 0), str(group.get("schemaUrl") or ""))
+    return Resource(
+        attributes, int(inner.get("droppedAttributesCount") or 0), str(group.get("schemaUrl") or "")
+    )
 
 
 def _read_scope(group: Json) -> Scope:
@@ -185,7 +203,9 @@ def _read_span(found: Json, resource: Resource, scope: Scope) -> Span:
     for event in found.get("events") or []:
         dropped = int(event.get("droppedAttributesCount") or 0)
         time = int(event.get("timeUnixNano") or 0)
-        span.events.append(Event(time, str(event.get("name") or ""), read_attributes(event.get("attributes")), dropped))
+        span.events.append(
+            Event(time, str(event.get("name") or ""), read_attributes(event.get("attributes")), dropped)
+        )
     for link in found.get("links") or []:
         span.links.append(
             Link(
@@ -229,7 +249,11 @@ def write_value(value: Value) -> Json:
     if isinstance(value, int):
         return {"intValue": str(value)}
     if isinstance(value, float):
-        return {"doubleValue": value if value - value == 0 else str(value).replace("inf", "Infinity").replace("nan", "NaN")}
+        return {
+            "doubleValue": value
+            if value - value == 0
+            else str(value).replace("inf", "Infinity").replace("nan", "NaN")
+        }
     if isinstance(value, bytes):
         return {"bytesValue": base64.b64encode(value).decode()}
     if isinstance(value, dict):
@@ -262,14 +286,38 @@ def write_span(span: Span) -> Json:
     optional: Json = {
         "attributes": write_attributes(span.attributes),
         "droppedAttributesCount": span.dropped_attributes,
-        "events": [_without({"timeUnixNano": str(e.time), "name": e.name, "attributes": write_attributes(e.attributes), "droppedAttributesCount": e.dropped_attributes}) for e in span.events],
+        "events": [_write_event(event) for event in span.events],
         "droppedEventsCount": span.dropped_events,
-        "links": [_without({"traceId": k.trace_id.hex(), "spanId": k.span_id.hex(), "traceState": k.trace_state, "attributes": write_attributes(k.attributes), "droppedAttributesCount": k.dropped_attributes, "flags": k.flags}) for k in span.links],
+        "links": [_write_link(link) for link in span.links],
         "droppedLinksCount": span.dropped_links,
-    }  # fmt: skip
+    }
     written |= _without(optional)
     written["status"] = _without({"message": span.status_message, "code": span.status_code})
     return written
+
+
+def _write_event(event: Event) -> Json:
+    return _without(
+        {
+            "timeUnixNano": str(event.time),
+            "name": event.name,
+            "attributes": write_attributes(event.attributes),
+            "droppedAttributesCount": event.dropped_attributes,
+        }
+    )
+
+
+def _write_link(link: Link) -> Json:
+    return _without(
+        {
+            "traceId": link.trace_id.hex(),
+            "spanId": link.span_id.hex(),
+            "traceState": link.trace_state,
+            "attributes": write_attributes(link.attributes),
+            "droppedAttributesCount": link.dropped_attributes,
+            "flags": link.flags,
+        }
+    )
 
 
 def _without(found: Json) -> Json:

@@ -45,7 +45,16 @@ def parse_trace_id(text: str) -> bytes | None:
     return bytes.fromhex(text.zfill(32))
 
 
-_UNITS = {"ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
+_UNITS = {
+    "ns": 1,
+    "us": 10**3,
+    "µs": 10**3,
+    "μs": 10**3,
+    "ms": 10**6,
+    "s": 10**9,
+    "m": 60 * 10**9,
+    "h": 3600 * 10**9,
+}
 
 
 def parse_duration(text: str, name: str) -> int:
@@ -82,7 +91,9 @@ def parse_tags(parameters: Any) -> tuple[tuple[str, str], ...]:
             found = orjson.loads(text)
         except orjson.JSONDecodeError:
             raise BadQuery(f"malformed 'tags' parameter, cannot unmarshal JSON: {text[:200]}") from None
-        if not isinstance(found, dict) or not all(isinstance(v, (str, int, float, bool)) for v in found.values()):
+        if not isinstance(found, dict) or not all(
+            isinstance(v, (str, int, float, bool)) for v in found.values()
+        ):
             raise BadQuery("malformed 'tags' parameter: expecting an object of strings")
         for key, value in found.items():
             tags[key] = value if isinstance(value, str) else orjson.dumps(value).decode()

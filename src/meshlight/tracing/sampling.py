@@ -43,7 +43,9 @@ def read(path: Path) -> Strategies:
     """A strategies file. Raises StrategyError, OSError."""
     try:
         found = orjson.loads(path.read_bytes())
-        default = _strategy(found.get("default_strategy") or {"type": "probabilistic", "param": 1.0}, "default_strategy")
+        default = _strategy(
+            found.get("default_strategy") or {"type": "probabilistic", "param": 1.0}, "default_strategy"
+        )
         services = {}
         for index, item in enumerate(found.get("service_strategies") or []):
             services[str(item["service"])] = _strategy(item, f"service_strategies[{index}]", default)
@@ -69,7 +71,10 @@ def _strategy(found: Json, where: str, default: Json | None = None) -> Json:
             "defaultSamplingProbability": rate,
             "defaultLowerBoundTracesPerSecond": 0,
             "perOperationStrategies": [
-                {"operation": str(o["operation"]), "probabilisticSampling": {"samplingRate": float(o.get("param", rate))}}
+                {
+                    "operation": str(o["operation"]),
+                    "probabilisticSampling": {"samplingRate": float(o.get("param", rate))},
+                }
                 for o in operations
             ],
         }

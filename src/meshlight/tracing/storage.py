@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from meshlight.tracing.store.log import Payload
 from meshlight.tracing.store.part import BlockCache, Part
 from meshlight.tracing.store.reading import Unreadable
 from meshlight.tracing.store.search import Query, Source
+from meshlight.tracing.store.series import Bucket, series
 
 Operation = tuple[str, str, int]
 """Service, operation, kind."""
@@ -39,6 +41,14 @@ class TraceStore(Protocol):
     async def get(self, ids: Iterable[bytes]) -> list[Trace]: ...
     async def operations(self) -> dict[Operation, int]: ...
     async def dependencies(self, after: int, before: int) -> Counter[tuple[str, str]]: ...
+    async def series(
+        self,
+        services: Sequence[str],
+        kinds: Sequence[int],
+        by_operation: bool,
+        points: Sequence[int],
+        window: int,
+    ) -> dict[tuple[str, str], list[Bucket]]: ...
     async def flows(self, query: Query) -> list[LogRecord]: ...
     async def flows_of(self, trace: bytes) -> list[LogRecord]: ...
     async def archive(self, trace: bytes) -> bool: ...
@@ -152,7 +162,7 @@ class Storage:
             missing = [i for i in wanted if i not in found]
             if missing and collection.records:
                 hidden = collection.evicted
-                rows = await self._ask(collection, lambda s, m=missing, h=hidden: reading.traces(s, m, h))
+                rows = await self._ask(collection, partial(_traces, missing, hidden))
                 found.update({i: [span(row) for row in records] for i, records in rows.items()})
         return [found[i] for i in wanted if i in found]
 
@@ -163,6 +173,19 @@ class Storage:
     async def dependencies(self, after: int, before: int) -> Counter[tuple[str, str]]:
         """Calls by (caller, called) of spans that start in a time range (ns)."""
         return await self._ask(self.spans, lambda s: self._dependencies.between(s, after, before))  # type: ignore[no-any-return]
+
+    async def series(
+        self,
+        services: Sequence[str],
+        kinds: Sequence[int],
+        by_operation: bool,
+        points: Sequence[int],
+        window: int,
+    ) -> dict[tuple[str, str], list[Bucket]]:
+        """Calls, failures and durations over time (`store/series.py`)."""
+        return await self._ask(  # type: ignore[no-any-return]
+            self.spans, lambda s: series(s, services, kinds, by_operation, points, window)
+        )
 
     async def flows(self, query: Query) -> list[LogRecord]:
         """The newest flow records that answer a query, newest first."""
@@ -243,7 +266,7 @@ class Storage:
         """
         if self.folder is None:
             raise OSError("a store in memory has nothing to back up: export its traces instead")
-        target.mkdir(parents=True, exist_ok=False)
+        await asyncio.to_thread(target.mkdir, parents=True, exist_ok=False)
         total = 0
         for collection in self.collections:
             await collection.flush()
@@ -266,6 +289,10 @@ class Storage:
             contents = [files.part_path(folder, n).read_bytes() for n in sorted(manifest.parts)]
             total += await collection.adopt(contents)
         return total
+
+
+def _traces(ids: list[bytes], hidden: set[bytes], sources: Sequence[Source]) -> dict[bytes, list[Row]]:
+    return reading.traces(sources, ids, hidden)
 
 
 def _copy(parts: Sequence[Part], folder: Path) -> None:

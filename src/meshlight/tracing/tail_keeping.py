@@ -36,7 +36,9 @@ def kept(columns: Columns, share: float) -> NDArray[Any]:
     failed = np.logical_or.reduceat(failures(Recent(columns)), first)
     # The low half of a trace id is random by every maker's convention.
     sampled = columns.low[first] / np.float64(1 << 64) < share
-    return (failed | sampled | _slow(columns, first, trace_of))[trace_of]
+    stays: NDArray[Any] = failed | sampled | _slow(columns, first, trace_of)
+    rows: NDArray[Any] = stays[trace_of]
+    return rows
 
 
 def _slow(columns: Columns, first: NDArray[Any], trace_of: NDArray[Any]) -> NDArray[Any]:

@@ -143,7 +143,10 @@ def _status(tags: Json) -> bytes:
 
 
 def _events(found: list[Json]) -> bytes:
-    events = [Event(_micros(e.get("timestamp"), "annotation timestamp"), str(e.get("value") or "")[:16384]) for e in found]
+    events = [
+        Event(_micros(e.get("timestamp"), "annotation timestamp"), str(e.get("value") or "")[:16384])
+        for e in found
+    ]
     return extra_of(Span(b"", b"", b"", "", 0, 0, events=events))
 
 
@@ -196,7 +199,10 @@ def decode_proto(body: bytes) -> Decoded:
             "shared": found.shared,
             "debug": found.debug,
         }
-        for ours, theirs in (("localEndpoint", found.local_endpoint), ("remoteEndpoint", found.remote_endpoint)):
+        for ours, theirs in (
+            ("localEndpoint", found.local_endpoint),
+            ("remoteEndpoint", found.remote_endpoint),
+        ):
             plain[ours] = _guarded_endpoint(theirs, index)
         if len(found.trace_id) not in (8, 16) or len(found.id) != 8 or len(found.parent_id) not in (0, 8):
             raise Malformed(f"span {index}: trace_id must be 8 or 16 bytes, id and parent_id 8")
@@ -261,7 +267,12 @@ def _halves(found: Json) -> list[Json]:
             continue
         tags[key] = value
     made: list[Json] = []
-    for kind, begin, finish in (("CLIENT", "cs", "cr"), ("SERVER", "sr", "ss"), ("PRODUCER", "ms", "ms"), ("CONSUMER", "mr", "mr")):
+    for kind, begin, finish in (
+        ("CLIENT", "cs", "cr"),
+        ("SERVER", "sr", "ss"),
+        ("PRODUCER", "ms", "ms"),
+        ("CONSUMER", "mr", "mr"),
+    ):
         if begin not in times and finish not in times:
             continue
         first, last = times.get(begin) or times[finish], times.get(finish) or times[begin]
@@ -298,14 +309,23 @@ def write_span(span: Span) -> Json:
         written["duration"] = max(1, span.duration // 1000)
     resource = span.resource.attributes
     local: Json = {"serviceName": span.service}
-    local |= {ours: text(resource[theirs]) for ours, theirs in (("ipv4", "ip"), ("ipv6", "ipv6")) if theirs in resource}
+    local |= {
+        ours: text(resource[theirs])
+        for ours, theirs in (("ipv4", "ip"), ("ipv6", "ipv6"))
+        if theirs in resource
+    }
     if "port" in resource:
         local["port"] = resource["port"]
     if span.service != _UNKNOWN or len(local) > 1:
         written["localEndpoint"] = local
     remote = {
         ours: span.attributes[theirs]
-        for ours, theirs in (("serviceName", "peer.service"), ("ipv4", "peer.ipv4"), ("ipv6", "peer.ipv6"), ("port", "peer.port"))
+        for ours, theirs in (
+            ("serviceName", "peer.service"),
+            ("ipv4", "peer.ipv4"),
+            ("ipv6", "peer.ipv6"),
+            ("port", "peer.port"),
+        )
         if theirs in span.attributes
     }
     if remote:

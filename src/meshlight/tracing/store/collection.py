@@ -212,7 +212,9 @@ class Collection:
                     await asyncio.get_running_loop().run_in_executor(None, self._segment.append, payloads)
             except OSError as error:
                 self._report("the log cannot be written", collection=self.name, error=str(error))
-                refused = Unwritable(f"spans cannot be written to disk: {error.strerror}; free space and send again")
+                refused = Unwritable(
+                    f"spans cannot be written to disk: {error.strerror}; free space and send again"
+                )
                 for waiting in batch:
                     if not waiting.done.done():
                         waiting.done.set_exception(refused)
@@ -390,7 +392,9 @@ class Collection:
             self._manifest.parts.pop(part.number, None)
             part.close()
         if self.folder is not None:
-            await asyncio.get_running_loop().run_in_executor(self._thread, files.write, self.folder, self._manifest)
+            await asyncio.get_running_loop().run_in_executor(
+                self._thread, files.write, self.folder, self._manifest
+            )
             for part in chosen:
                 if part.path is not None:
                     part.path.unlink(missing_ok=True)
@@ -438,7 +442,11 @@ class Collection:
     def _tables(self) -> list[Recent]:
         found = []
         if len(self._table):
-            if self._recent is None or self._recent.records != len(self._table) or self._recent_of is not self._table:
+            if (
+                self._recent is None
+                or self._recent.records != len(self._table)
+                or self._recent_of is not self._table
+            ):
                 self._recent = Recent(self._table.columns())
                 self._recent_of = self._table
             found.append(self._recent)

@@ -43,7 +43,7 @@ def read(folder: Path) -> Manifest:
         schema = found["schema"]
         if schema > SCHEMA:
             raise Damaged(
-                f"{folder / MANIFEST} is of schema {schema}, written by a newer version (this one knows {SCHEMA})"
+                f"{folder / MANIFEST} is of schema {schema}, of a newer version (this one knows {SCHEMA})"
             )
         if schema < 2:
             # Schema 1 had a list of numbers without times: they count as received when their file was written.

@@ -269,6 +269,7 @@ class Part:
     @property
     def shapes(self) -> list[list[int]]:
         """Distinct sequences of key numbers."""
+
         def make() -> tuple[Any, int]:
             shapes = self._shapes()
             return shapes, sum(8 * len(s) + 64 for s in shapes)
@@ -324,6 +325,7 @@ class Part:
     @property
     def extras(self) -> tuple[list[int], list[bytes]]:
         """Positions of the records that have an extra, and those."""
+
         def make() -> tuple[Any, int]:
             rows = blocks.unpack(self.raw("extra_row")).tolist()
             extras = blocks.unpack_strings(self.raw("extra"))
@@ -363,4 +365,3 @@ def _matches(column: bytes, encoded: bytes, key: bytes, value: str) -> bool:
         if inner != key:
             return False
     return text(value_of(encoded)) == value
-

@@ -11,7 +11,9 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import orjson
@@ -214,7 +216,7 @@ def _attributes(layout: _Layout, columns: Columns) -> list[int]:
         values = [halves[i][1] for i in distinct.tolist()]
         rising = len(values) > 256 and bool((np.abs(np.diff(codes.astype(np.int64))) < 64).mean() > 0.7)
         cuts = np.searchsorted(row_of[where], edges)
-        chunks = [codes[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        chunks = [codes[a:b] for a, b in pairwise(cuts.tolist())]
         layout.add(f"codes/{number}", [blocks.pack(c, rising) for c in chunks])
         cut = [values[i : i + VALUES_CHUNK] for i in range(0, len(values), VALUES_CHUNK)]
         layout.add(f"values/{number}", [pack_values(c) for c in cut])
@@ -224,17 +226,14 @@ def _attributes(layout: _Layout, columns: Columns) -> list[int]:
 
 def _hashes(key: bytes, values: Sequence[bytes]) -> list[int]:
     if not key:
-        pairs = [split(pair) for pair in values]
-        return [h for k, v in pairs for h in _hashes(k, [v]) if k]
+        return [attribute for pair in values for attribute in _hash(*split(pair))]
     seed = blocks.attribute_hash(key, b"")
-    from zlib import crc32
+    # A short string's text is the value after its two header bytes: nothing to decode.
+    return [crc32(v[2:], seed) if v[:1] == b"\x0a" and len(v) < 130 else _hash(key, v)[0] for v in values]
 
-    found = []
-    for value in values:
-        # A short string's text is the value after its two header bytes: nothing to decode.
-        plain = value[:1] == b"\x0a" and len(value) < 130
-        found.append(crc32(value[2:] if plain else text(value_of(value)).encode("utf-8", "replace"), seed))
-    return found
+
+def _hash(key: bytes, value: bytes) -> list[int]:
+    return [blocks.attribute_hash(key, text(value_of(value)).encode("utf-8", "replace"))]
 
 
 def _shapes(flat: Array, columns: Columns, keys: int) -> tuple[list[list[int]], Array]:
@@ -268,7 +267,9 @@ def pack_values(values: Sequence[bytes]) -> bytes:
                 digits = np.concatenate((digits, np.zeros((len(digits), 1), np.uint8)), axis=1)
             packed = (digits[:, ::2] << 4 | digits[:, 1::2]).astype(np.uint8)
             head = struct.pack("<BII", 1, len(values), length)
-            return head + values[0] + fixed.astype(np.uint8).tobytes() + blocks.compress(packed.tobytes())
+            packed_bytes: bytes = packed.tobytes()
+            made: bytes = head + values[0] + fixed.astype(np.uint8).tobytes() + blocks.compress(packed_bytes)
+            return made
     return b"\0" + blocks.pack_strings(values)
 
 

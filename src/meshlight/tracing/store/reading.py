@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 
 from meshlight.tracing.rows import Row, resource_of
 from meshlight.tracing.store.blocks import Damaged
-from meshlight.tracing.store.columns import Columns
+from meshlight.tracing.store.columns import Columns, relabel
 from meshlight.tracing.store.part import Part
-from meshlight.tracing.store.columns import relabel
 from meshlight.tracing.store.part_writer import dependencies
 from meshlight.tracing.store.search import Query, Source, match
 
@@ -66,7 +65,9 @@ def _newest(source: Source, query: Query, hidden: set[bytes]) -> list[tuple[byte
     seen: dict[bytes, int] = {}
     take = min(len(positions), query.limit * 16)
     while True:
-        newest = np.argpartition(-starts, take - 1)[:take] if take < len(positions) else np.arange(len(positions))
+        newest = (
+            np.argpartition(-starts, take - 1)[:take] if take < len(positions) else np.arange(len(positions))
+        )
         newest = newest[np.argsort(-starts[newest], kind="stable")]
         seen = {}
         for trace, start in zip(source.trace_ids(positions[newest]), starts[newest].tolist(), strict=True):
@@ -240,5 +241,3 @@ def _resolve(orphans: _Orphans, other: Source) -> Counter[Edge]:
                 if parent != orphans.service[i]:
                     sums[parent, orphans.service[i]] += 1
     return sums
-
-

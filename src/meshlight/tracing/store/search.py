@@ -50,6 +50,7 @@ class Source(Protocol):
     def forms(self) -> list[Form]: ...
     @property
     def origins(self) -> list[Origin]: ...
+
     records: int
     earliest: int
     latest: int
@@ -133,7 +134,7 @@ class Recent:
 def _within(needle: bytes, pair: bytes) -> bool:
     if needle in pair.lower():
         return True
-    key, encoded = split(pair)
+    encoded = split(pair)[1]
     return encoded[:1] not in (b"\x0a", b"") and needle in text(value_of(encoded)).encode().lower()
 
 
@@ -233,7 +234,9 @@ def _tag(source: Source, key: str, value: str) -> Array:
     name, encoded = key.encode("utf-8", "replace"), value.encode("utf-8", "replace")
     if source.may_have(name, encoded):
         found.append(source.attribute(name, value))
-        flags = [key in (a := resource_of(o.resource).attributes) and text(a[key]) == value for o in source.origins]
+        flags = [
+            key in (a := resource_of(o.resource).attributes) and text(a[key]) == value for o in source.origins
+        ]
         if any(flags):
             found.append(np.flatnonzero(_chosen(flags, source.column("origin"))))
     if key == "error" and value in ("true", "false"):
@@ -242,7 +245,9 @@ def _tag(source: Source, key: str, value: str) -> Array:
         flags = [form.kind == KINDS[value] for form in source.forms]
         found.append(np.flatnonzero(_chosen(flags, source.column("form"))))
     elif key in ("otel.status_code", "otel.status_description"):
-        found.append(np.flatnonzero(_chosen([_status_tag(f, key) == value for f in source.forms], source.column("form"))))
+        found.append(
+            np.flatnonzero(_chosen([_status_tag(f, key) == value for f in source.forms], source.column("form")))
+        )
     return np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
 
 
