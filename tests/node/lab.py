@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from meshlight.node import netns, network
+from meshlight.node import addresses, netns, network
 
 T = TypeVar("T")
 SO_ORIGINAL_DST, SO_MARK, IP_TRANSPARENT = 80, 36, 19
@@ -252,6 +252,7 @@ def fabric() -> None:
         "ip link add fabric0 type bridge",
         "ip address add 172.20.0.1/24 dev fabric0",
         "ip link set fabric0 up",
+        f"ip address add {addresses.FABRIC_GATEWAY}/64 dev fabric0 nodad",
     ):
         subprocess.run(command.split(), check=True)
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1")

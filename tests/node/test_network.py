@@ -13,7 +13,16 @@ import lab
 
 
 @pytest.mark.parametrize(
-    "scenario", ["links", "many_at_once", "services", "live_connections", "probes", "policing:policies"]
+    "scenario",
+    [
+        "links",
+        "many_at_once",
+        "services",
+        "live_connections",
+        "probes",
+        "policing:policies",
+        "dual_stack:dual_stack",
+    ],
 )
 def test_network(scenario: str) -> None:
     lab.run(scenario)

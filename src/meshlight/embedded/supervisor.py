@@ -21,7 +21,7 @@ from pathlib import Path
 from meshlight.embedded import control, machines
 from meshlight.embedded.control import ControlError
 from meshlight.embedded.layout import Layout
-from meshlight.node import cgroups
+from meshlight.node import addresses, cgroups
 from meshlight.uplink.name_service import NODE_FILE, node_file
 
 FABRIC_ADDRESS = "172.20.0.1"
@@ -79,6 +79,11 @@ def prepare_namespaces(name: str, boot_id: str, isolated: bool) -> None:
     ):
         subprocess.run(command, check=True)
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
+    if addresses.has_ipv6():
+        for setting in ("all/forwarding", "fabric0/forwarding"):
+            Path("/proc/sys/net/ipv6/conf", setting).write_text("1")
+        own = f"{addresses.FABRIC_GATEWAY}/64"
+        subprocess.run(["ip", "address", "add", own, "dev", "fabric0", "nodad"], check=True)
     for folder in (Path("/run/netns"), RUN / "nodes", RUN / "exits"):
         folder.mkdir(parents=True)
     (RUN / "boot_id").write_text(boot_id)

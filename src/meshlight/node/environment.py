@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 
 from meshlight.kube.resources import Object
+from meshlight.node.addresses import both
 
 _REFERENCE = re.compile(r"\$\$|\$\(([-._a-zA-Z][-._a-zA-Z0-9]*)\)")
 _NAME = re.compile(r"[-._a-zA-Z][-._a-zA-Z0-9]*")
@@ -99,9 +100,9 @@ def field_value(pod: Object, path: str, place: Place) -> str:
         "spec.nodeName": spec.get("nodeName", ""),
         "spec.serviceAccountName": spec.get("serviceAccountName") or "default",
         "status.podIP": place.pod_ip,
-        "status.podIPs": place.pod_ip,
+        "status.podIPs": ",".join(both(place.pod_ip)),
         "status.hostIP": place.host_ip,
-        "status.hostIPs": place.host_ip,
+        "status.hostIPs": ",".join(both(place.host_ip)),
     }
     if path in simple:
         return str(simple[path])

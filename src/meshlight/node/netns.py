@@ -174,13 +174,17 @@ def run(command: list[str], text: str) -> str:
     return done.stdout
 
 
-def ip(commands: list[str], *, tolerant: bool = False) -> None:
-    """Run `ip` commands as one batch; `tolerant` goes on after refusals (what exists already)."""
-    if not tolerant:
-        run(["ip", "-batch", "-"], "\n".join(commands) + "\n")
-        return
-    with contextlib.suppress(NetworkError):
-        run(["ip", "-force", "-batch", "-"], "\n".join(commands) + "\n")
+def ip(commands: list[str], *, tolerant: bool = False, six: bool = False) -> None:
+    """Run `ip` commands as one batch; `tolerant` goes on after refusals (what exists already).
+
+    `six`: rules without addresses are meant for IPv6.
+    """
+    command = ["ip", *(["-6"] if six else []), *(["-force"] if tolerant else []), "-batch", "-"]
+    try:
+        run(command, "\n".join(commands) + "\n")
+    except NetworkError:
+        if not tolerant:
+            raise
 
 
 def nft(text: str) -> str:

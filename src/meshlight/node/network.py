@@ -22,7 +22,7 @@ from pathlib import Path
 from meshlight.controllers.workqueue import log
 from meshlight.kube.client import Client
 from meshlight.kube.resources import NODES, Object
-from meshlight.node import netns
+from meshlight.node import addresses, netns
 from meshlight.node.netns import NetworkError
 
 FABRIC = "fabric0"
@@ -38,7 +38,9 @@ NODE_SYSCTLS = {
     "net/ipv4/conf/default/rp_filter": "0",
     "net/ipv4/conf/all/send_redirects": "0",
     "net/ipv4/conf/default/send_redirects": "0",
-    "net/ipv6/conf/default/disable_ipv6": "1",
+    "net/ipv6/conf/all/forwarding": "1",
+    "net/ipv6/conf/default/accept_ra": "0",
+    "net/ipv6/conf/default/accept_dad": "0",
     # A refused DNS query must be told each time: a resolver that is not told waits five seconds.
     "net/ipv4/icmp_ratelimit": "0",
 }
@@ -50,8 +52,10 @@ POD_SYSCTLS = {
     "net/ipv4/conf/all/route_localnet": "1",
     "net/ipv4/ip_unprivileged_port_start": "0",
     "net/ipv4/icmp_ratelimit": "0",
-    # Links are IPv4; the loopback interface keeps ::1, which `localhost` may mean.
-    "net/ipv6/conf/default/disable_ipv6": "1",
+    "net/ipv6/conf/default/accept_ra": "0",
+    "net/ipv6/conf/default/accept_dad": "0",
+    # Addresses are given and neighbours are permanent: nothing is left to be discovered.
+    "net/ipv6/conf/default/addr_gen_mode": "1",
 }
 
 
@@ -117,19 +121,29 @@ def enter_node(name: str, index: int) -> None:
         # The API server answers pods at their own addresses.
         f"route replace {pod_cidr(index)} via {node_address(index)} dev {FABRIC} onlink",
     ]
+    six = addresses.has_ipv6()
+    if six:
+        via = addresses.second(node_address(index))
+        commands.append(f"route replace {addresses.pod_cidr(index)} via {via} dev {FABRIC} onlink")
     netns.ip(commands)
     netns.enter(path)
-    netns.ip(
-        [
-            "link set lo up",
-            f"address replace {pod_gateway(index)}/32 dev lo",
-            f"address replace {node_address(index)}/24 dev eth0",
-            "link set eth0 up",
-            f"route replace default via {FABRIC_GATEWAY} dev eth0",
-            # Without it a packet to a pod that is gone would go round through the fabric.
-            f"route replace unreachable {pod_cidr(index)}",
+    own = [
+        "link set lo up",
+        f"address replace {pod_gateway(index)}/32 dev lo",
+        f"address replace {node_address(index)}/24 dev eth0",
+        "link set eth0 up",
+        f"route replace default via {FABRIC_GATEWAY} dev eth0",
+        # Without it a packet to a pod that is gone would go round through the fabric.
+        f"route replace unreachable {pod_cidr(index)}",
+    ]
+    if six:
+        own += [
+            f"address replace {addresses.second(pod_gateway(index))}/128 dev lo nodad",
+            f"address replace {addresses.second(node_address(index))}/64 dev eth0 nodad",
+            f"route replace default via {addresses.FABRIC_GATEWAY} dev eth0",
+            f"route replace unreachable {addresses.pod_cidr(index)}",
         ]
-    )
+    netns.ip(own)
     netns.nft(probe_rules(index))
 
 
@@ -139,25 +153,32 @@ def probe_rules(index: int) -> str:
     Pods in the mesh let that address in unredirected. What other pods send, Service addresses
     included, is forwarded and has no local source: it keeps its address.
     """
-    table = "ip meshlight-probes"
-    match = f"meta l4proto tcp ip daddr {pod_cidr(index)} fib saddr type local"
-    return (
-        f"add table {table}\n"
-        f"add chain {table} postrouting {{ type nat hook postrouting priority 100 ; }}\n"
-        f"flush chain {table} postrouting\n"
-        f"add rule {table} postrouting {match} snat to {PROBE_ADDRESS}\n"
-    )
+    text = ""
+    for family, pods, probe in (
+        ("ip", pod_cidr(index), PROBE_ADDRESS),
+        ("ip6", addresses.pod_cidr(index), addresses.PROBE_ADDRESS),
+    ):
+        table = f"{family} meshlight-probes"
+        match = f"meta l4proto tcp {family} daddr {pods} fib saddr type local"
+        text += (
+            f"add table {table}\n"
+            f"add chain {table} postrouting {{ type nat hook postrouting priority 100 ; }}\n"
+            f"flush chain {table} postrouting\n"
+            f"add rule {table} postrouting {match} snat to {probe}\n"
+        )
+    return text
 
 
 def node_routes(nodes: Iterable[Object], own: str) -> dict[str, str]:
-    """Pod CIDR → fabric address for every node but `own`; nodes that lack either are left out."""
+    """Pod CIDR → fabric address of its family for every node but `own`; what a node lacks is left out."""
     routes = {}
     for node in nodes:
-        cidr = node.get("spec", {}).get("podCIDR")
-        addresses = node.get("status", {}).get("addresses") or []
-        internal = next((a["address"] for a in addresses if a["type"] == "InternalIP"), None)
-        if node["metadata"]["name"] != own and cidr and internal:
-            routes[cidr] = internal
+        spec = node.get("spec", {})
+        known = [a for a in node.get("status", {}).get("addresses") or [] if a["type"] == "InternalIP"]
+        for cidr in spec.get("podCIDRs") or [spec.get("podCIDR")]:
+            via = next((a["address"] for a in known if cidr and (":" in a["address"]) == (":" in cidr)), None)
+            if node["metadata"]["name"] != own and via:
+                routes[cidr] = via
     return routes
 
 
@@ -261,6 +282,10 @@ class PodNetwork:
             f"link set {link} up",
             f"neighbour replace {address} lladdr {mac} dev {link} nud permanent",
         ]
+        six = addresses.has_ipv6()
+        address6, gateway6 = addresses.second(address), addresses.second(gateway)
+        if six:
+            commands.append(f"neighbour replace {address6} lladdr {mac} dev {link} nud permanent")
         netns.ip(commands)
         inner = [
             "link set lo up",
@@ -269,14 +294,18 @@ class PodNetwork:
             f"neighbour replace {gateway} lladdr {_NODE_MAC} dev eth0 nud permanent",
             f"route replace default via {gateway} dev eth0 onlink src {address}",
         ]
+        if six:
+            inner += [
+                f"address replace {address6}/128 dev eth0 nodad",
+                f"neighbour replace {gateway6} lladdr {_NODE_MAC} dev eth0 nud permanent",
+                f"route replace default via {gateway6} dev eth0 onlink src {address6}",
+            ]
         netns.inside(path, lambda: netns.ip(inner))
         # Alias and route come last: they are what makes the pod count as complete.
-        netns.ip(
-            [
-                f"link set {link} alias {uid}",
-                f"route replace {address}/32 dev {link} src {gateway}",
-            ]
-        )
+        last = [f"link set {link} alias {uid}", f"route replace {address}/32 dev {link} src {gateway}"]
+        if six:
+            last.insert(0, f"route replace {address6}/128 dev {link} src {gateway6}")
+        netns.ip(last)
 
     async def remove(self, uid: str) -> None:
         """Take a pod's network away; absence is fine."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from meshlight.kube.resources import Object
+from meshlight.node.addresses import both
 from meshlight.node.lifecycle import (
     Observed,
     Run,
@@ -207,13 +208,13 @@ def status(
         "phase": phase(pod, view),
         "conditions": _conditions(pod, view, ready, now),
         "hostIP": where.host,
-        "hostIPs": [{"ip": where.host}],
+        "hostIPs": [{"ip": address} for address in both(where.host)],
         "startTime": before.get("startTime") or timestamp(now),
         "containerStatuses": mains,
         "qosClass": before.get("qosClass") or quality_class(pod),
     }
     if where.pod:
-        made |= {"podIP": where.pod, "podIPs": [{"ip": where.pod}]}
+        made |= {"podIP": where.pod, "podIPs": [{"ip": address} for address in both(where.pod)]}
     if inits:
         made["initContainerStatuses"] = inits
     if view.stopped_for:

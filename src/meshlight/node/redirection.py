@@ -8,9 +8,10 @@ translating the flows it knows. Knows nothing of who is enrolled, or why.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from meshlight.node import netns
+from meshlight.node import addresses, netns
 from meshlight.node.netns import NetworkError
 from meshlight.node.network import PROBE_ADDRESS
 
@@ -37,36 +38,61 @@ _PROXYS = f"meta mark & 0xfff == {MARK}"
 _NOT_PROXYS = f"meta mark & 0xfff != {MARK}"
 
 
-def tracking(*, dns: bool = False) -> str:
+@dataclass(frozen=True, slots=True)
+class Family:
+    """An address family, as nftables and the rules name it."""
+
+    table: str
+    loopback: str
+    probe: str
+    everywhere: str
+
+    @property
+    def path(self) -> str:
+        """The table as nft commands name it."""
+        return f"{self.table} {TABLE}"
+
+
+IPV4 = Family("ip", "127.0.0.1", PROBE_ADDRESS, "0.0.0.0/0")
+IPV6 = Family("ip6", "::1", addresses.PROBE_ADDRESS, "::/0")
+
+
+def families() -> tuple[Family, ...]:
+    """Families that pods have addresses of."""
+    return (IPV4, IPV6) if addresses.has_ipv6() else (IPV4,)
+
+
+def tracking(family: Family = IPV4, *, dns: bool = False) -> str:
     """The table with its hooks and no rules: from here on conntrack knows every flow of the pod.
 
     Applied before `rules`, so that a handshake under way when redirection begins is a known flow,
     and its retransmitted SYN is not taken for the start of a new one.
     """
-    lines = [f"add table ip {TABLE}"]
+    lines = [f"add table {family.path}"]
     for chain, hook in (_BASE_CHAINS | (_DNS_CHAINS if dns else {})).items():
-        lines.append(f"add chain ip {TABLE} {chain} {{ {hook} ; }}")
+        lines.append(f"add chain {family.path} {chain} {{ {hook} ; }}")
     return "\n".join(lines) + "\n"
 
 
-def rules(*, dns: bool = False) -> str:
+def rules(family: Family = IPV4, *, dns: bool = False) -> str:
     """The ruleset that captures a pod's new connections; `dns` also its queries (to 15053)."""
-    output = [f"ip daddr {PROBE_ADDRESS} meta l4proto tcp accept"]
+    ip, loopback = family.table, family.loopback
+    output = [f"{ip} daddr {family.probe} meta l4proto tcp accept"]
     if dns:
         output += [
             f'oifname != "lo" udp dport 53 {_NOT_PROXYS} redirect to :{DNS}',
-            f"ip daddr != 127.0.0.1 tcp dport 53 {_SYN} {_NOT_PROXYS} redirect to :{DNS}",
+            f"{ip} daddr != {loopback} tcp dport 53 {_SYN} {_NOT_PROXYS} redirect to :{DNS}",
         ]
     output += [
         f"meta l4proto tcp meta mark & 0xfff == {ORIGINAL_SOURCE_MARK} accept",
-        'oifname "lo" ip daddr != 127.0.0.1 accept',
-        f"ip daddr != 127.0.0.1 {_SYN} {_NOT_PROXYS} redirect to :{OUTBOUND}",
+        f'oifname "lo" {ip} daddr != {loopback} accept',
+        f"{ip} daddr != {loopback} {_SYN} {_NOT_PROXYS} redirect to :{OUTBOUND}",
     ]
     chains = {
         "nat-output": output,
         "nat-prerouting": [
-            f"ip saddr {PROBE_ADDRESS} meta l4proto tcp accept",
-            f"ip daddr != 127.0.0.1 tcp dport != {HBONE} {_SYN} {_NOT_PROXYS} redirect to :{INBOUND}",
+            f"{ip} saddr {family.probe} meta l4proto tcp accept",
+            f"{ip} daddr != {loopback} tcp dport != {HBONE} {_SYN} {_NOT_PROXYS} redirect to :{INBOUND}",
         ],
         "mangle-output": [f"ct mark & 0xfff == {ORIGINAL_SOURCE_MARK} meta mark set ct mark"],
         "mangle-prerouting": [f"{_PROXYS} ct mark set {ORIGINAL_SOURCE_MARK}"],
@@ -77,24 +103,24 @@ def rules(*, dns: bool = False) -> str:
         chains["raw-prerouting"] = [f"udp sport 53 {_NOT_PROXYS} ct zone set 1"]
     lines = []
     for chain, statements in chains.items():
-        lines.append(f"flush chain ip {TABLE} {chain}")
-        lines += [f"add rule ip {TABLE} {chain} {statement}" for statement in statements]
-    return tracking(dns=dns) + "\n".join(lines) + "\n"
+        lines.append(f"flush chain {family.path} {chain}")
+        lines += [f"add rule {family.path} {chain} {statement}" for statement in statements]
+    return tracking(family, dns=dns) + "\n".join(lines) + "\n"
 
 
-def flushed() -> str:
+def flushed(family: Family = IPV4) -> str:
     """What un-enrolment does to the table: nothing new is captured.
 
     The marks stay, because connections that the proxy still carries need them to the end.
     """
-    return "".join(f"flush chain ip {TABLE} {chain}\n" for chain in _CAPTURING)
+    return "".join(f"flush chain {family.path} {chain}\n" for chain in _CAPTURING)
 
 
-def _return_routes() -> list[str]:
+def _return_routes(family: Family) -> list[str]:
     """Answers to a spoofed source address come back to the proxy instead of leaving the pod."""
     return [
         "link set lo up",  # without it there is no local table to route to
-        f"route replace local 0.0.0.0/0 dev lo table {_ROUTES}",
+        f"route replace local {family.everywhere} dev lo table {_ROUTES}",
         f"rule add fwmark {ORIGINAL_SOURCE_MARK}/0xfff lookup {_ROUTES} priority 32764",
     ]
 
@@ -103,9 +129,12 @@ def apply(namespace: Path, *, dns: bool = False) -> None:
     """Redirect a pod's new connections to ztunnel. Idempotent; blocking; raises NetworkError, OSError."""
 
     def work() -> None:
-        netns.ip(_return_routes(), tolerant=True)  # of a rule that is there already `ip` complains
-        netns.nft(tracking(dns=dns))
-        netns.nft(rules(dns=dns))
+        for family in families():
+            # Of a rule that is there already `ip` complains.
+            netns.ip(_return_routes(family), tolerant=True, six=family is IPV6)
+        captured = {family: dns and family is IPV4 for family in families()}  # nameservers are IPv4
+        netns.nft("".join(tracking(family, dns=names) for family, names in captured.items()))
+        netns.nft("".join(rules(family, dns=names) for family, names in captured.items()))
 
     netns.inside(namespace, work)
 
@@ -125,10 +154,11 @@ def flush(namespace: Path) -> None:
     """Redirect no new connections of a pod. Idempotent; blocking; raises NetworkError, OSError."""
 
     def work() -> None:
-        try:
-            netns.nft(flushed())
-        except NetworkError as error:
-            if "No such file" not in str(error):  # a pod that never was in the mesh
-                raise
+        for family in families():
+            try:
+                netns.nft(flushed(family))
+            except NetworkError as error:
+                if "No such file" not in str(error):  # a pod that never was in the mesh
+                    raise
 
     netns.inside(namespace, work)

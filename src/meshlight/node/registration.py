@@ -17,6 +17,7 @@ from pathlib import Path
 from meshlight import __version__
 from meshlight.kube.client import ApiError, ApiUnreachable, Client
 from meshlight.kube.resources import LEASES, NODES, Object
+from meshlight.node import addresses
 from meshlight.node.events import Recorder, log
 from meshlight.node.network import node_address, pod_cidr
 from meshlight.node.podstatus import timestamp
@@ -129,13 +130,16 @@ def labels(node: NodeIdentity, facts: Facts) -> dict[str, str]:
 
 def node_object(node: NodeIdentity, facts: Facts) -> Object:
     """The Node as it is created, without status. Users may change its zone later."""
+    cidrs = [pod_cidr(node.index)]
+    if addresses.has_ipv6():
+        cidrs.append(addresses.pod_cidr(node.index))
     zone = f"zone-{(node.index - 1) % _ZONES + 1}"
     topology = {"topology.kubernetes.io/region": "local", "topology.kubernetes.io/zone": zone}
     return {
         "apiVersion": "v1",
         "kind": "Node",
         "metadata": {"name": node.name, "labels": {**labels(node, facts), **topology}},
-        "spec": {"podCIDR": pod_cidr(node.index), "podCIDRs": [pod_cidr(node.index)]},
+        "spec": {"podCIDR": pod_cidr(node.index), "podCIDRs": cidrs},
     }
 
 
@@ -147,7 +151,7 @@ def node_status(node: NodeIdentity, facts: Facts, before: Iterable[Object], now:
     for_pods = {"memory": f"{max(0, facts.memory - _LOW_MEMORY) // 1024}Ki", "ephemeral-storage": disk}
     return {
         "addresses": [
-            {"type": "InternalIP", "address": node.address},
+            *({"type": "InternalIP", "address": a} for a in addresses.both(node.address)),
             {"type": "Hostname", "address": node.name},
         ],
         "capacity": capacity,

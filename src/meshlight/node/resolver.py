@@ -6,6 +6,7 @@ Pure. Rules: Kubernetes' "DNS for Services and Pods" (dnsPolicy, dnsConfig, host
 from __future__ import annotations
 
 from meshlight.kube.resources import Object
+from meshlight.node.addresses import both
 
 CLUSTER_DNS = "10.96.0.10"
 CLUSTER_DOMAIN = "cluster.local"
@@ -78,7 +79,7 @@ def hosts(pod: Object, address: str) -> str:
         if spec.get("subdomain"):
             full = f"{name}.{spec['subdomain']}.{pod['metadata']['namespace']}.svc.{CLUSTER_DOMAIN}"
             names = f"{full}\t{name}"
-        lines.append(f"{address}\t{names}")
+        lines += [f"{one}\t{names}" for one in both(address)]
     for alias in spec.get("hostAliases") or []:
         lines.append("\t".join([alias["ip"], *(alias.get("hostnames") or [])]))
     return "\n".join(lines) + "\n"

@@ -16,6 +16,7 @@ from dataclasses import replace
 from meshlight.kube.client import ApiError, ApiUnreachable
 from meshlight.kube.resources import PODS, Object
 from meshlight.node import lifecycle, podstatus, resolver
+from meshlight.node.addresses import both
 from meshlight.node.containers import ContainerState, remembered, run_of
 from meshlight.node.context import NodeContext
 from meshlight.node.environment import ConfigError
@@ -328,7 +329,7 @@ class PodWorker:
             self._event("Normal", "SandboxChanged", "Pod sandbox changed, it will be killed and re-created.")
         self.execution.address = await self._network()
         if not self._host_network():
-            await self.node.policies.protect(self.pod, (self.execution.address,))
+            await self.node.policies.protect(self.pod, both(self.execution.address))
         netns = None if self._host_network() else self.uid
         self.sandbox = await Sandbox.create(self.folder, resolver.hostname(self.pod), netns, self._wake.set)
         for state in self.containers.values():
