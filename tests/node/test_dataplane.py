@@ -22,6 +22,10 @@ def test_security(scenario: str) -> None:
     lab.run(f"security:{scenario}")
 
 
+def test_names() -> None:
+    lab.run("names:capture")
+
+
 @pytest.mark.parametrize("scenario", ["sizes", "crowds", "stalls", "changes", "cut_links", "killed_peers"])
 def test_torture(scenario: str) -> None:
     lab.run(f"torture:{scenario}")

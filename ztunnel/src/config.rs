@@ -14,7 +14,6 @@ pub const PACKET_MARK: u32 = 0x539;
 pub const OUTBOUND_PORT: u16 = 15001;
 pub const INBOUND_PLAINTEXT_PORT: u16 = 15006;
 pub const INBOUND_HBONE_PORT: u16 = 15008;
-#[allow(dead_code)]
 pub const DNS_PORT: u16 = 15053;
 /// Ports of the proxy's own pod.
 pub const ADMIN_PORT: u16 = 15000;
@@ -81,9 +80,7 @@ pub struct Config {
     /// Keep the client's address as the source of connections to the application.
     pub original_source: bool,
     /// Answer the pods' DNS queries for names of the mesh.
-    #[allow(dead_code)]
     pub dns_capture: bool,
-    #[allow(dead_code)]
     pub dns_upstream: Option<String>,
     /// Where flow records go, `http://HOST:PORT`; nowhere if unset.
     pub flow_collector: Option<String>,

@@ -9,6 +9,7 @@
 mod admin;
 mod backoff;
 mod config;
+mod dns;
 mod grpc;
 mod http_server;
 mod identity;
@@ -24,6 +25,7 @@ mod xds;
 
 use std::{
     error::Error,
+    fs,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     process::ExitCode,
     sync::{Arc, Mutex},
@@ -129,6 +131,7 @@ fn run() -> Result<(), AnyError> {
             records,
         },
         pods: Mutex::default(),
+        name_servers: name_servers(&config),
         state,
         certificates,
         metrics,
@@ -140,6 +143,22 @@ fn run() -> Result<(), AnyError> {
     let quit = CancellationToken::new();
     run_control(control, &context, quit.clone())?;
     traffic.block_on(serve(context, quit))
+}
+
+/// Who is asked for names that the mesh does not know.
+fn name_servers(config: &Config) -> Vec<SocketAddr> {
+    let servers = match &config.dns_upstream {
+        Some(server) => server
+            .parse()
+            .or_else(|_| server.parse().map(|address| SocketAddr::new(address, 53)))
+            .into_iter()
+            .collect(),
+        None => dns::name_servers(&fs::read_to_string("/etc/resolv.conf").unwrap_or_default()),
+    };
+    if config.dns_capture && servers.is_empty() {
+        warn!("no name server is known: only names of the mesh will be answered");
+    }
+    servers
 }
 
 /// Starts what is not traffic, on a thread of its own.

@@ -28,6 +28,8 @@ from meshlight.node import netns, redirection
 from meshlight.node.netns import NetworkError
 from meshlight.node.zds import EnrolledPod, ZdsServer
 
+DNS_CAPTURE = "ambient.istio.io/dns-capture"
+"""A pod's annotation: `false` leaves its DNS queries alone."""
 DRAIN = 5.0
 """Seconds for which a pod that left keeps its listeners: for peers that have not heard of it yet."""
 UNHELD = "kube-system"
@@ -145,6 +147,11 @@ class _Pod:
         """Whether the pod has its whole network: the address is known last."""
         known = self.prepared or bool((self.object.get("status") or {}).get("podIP"))
         return known and netns.exists(self.uid)
+
+    def captures_dns(self) -> bool:
+        """Whether ztunnel answers the pod's DNS queries: unless the pod says no."""
+        annotations = self.object["metadata"].get("annotations") or {}
+        return bool(annotations.get(DNS_CAPTURE) != "false")
 
     def notice_network(self) -> None:
         """Start anew if the pod's network was made anew: nothing is redirected in the new one."""
@@ -366,7 +373,8 @@ class Enrolment:
                     await self._tell(pod, "WaitingForZtunnel", why)
             case Step.REDIRECT:
                 async with self._turns:
-                    await netns.within(None, lambda: redirection.apply(path))
+                    dns = pod.captures_dns()
+                    await netns.within(None, lambda: redirection.apply(path, dns=dns))
                 standing.redirected = True
                 log("info", "pod redirected", **pod.where)
             case Step.ANNOUNCE:

@@ -32,7 +32,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, warn};
 
 use crate::{
-    config::{Config, INBOUND_HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT},
+    config::{Config, DNS_PORT, INBOUND_HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT},
+    dns::Responder,
     identity::{store::CertificateStore, Identity},
     rbac::{self, Connection, Judgement},
     state::{service::Service, shared::SharedState, workload::Workload},
@@ -59,6 +60,8 @@ pub struct ProxyContext {
     pub flows: Flows,
     pub pool: Pool,
     pub tunnels: Arc<OpenTunnels>,
+    /// Who answers for names that the mesh does not know.
+    pub name_servers: Vec<SocketAddr>,
     /// The pods served, by uid.
     pub pods: Mutex<BTreeMap<String, Arc<Pod>>>,
     /// Every connection being served.
@@ -97,6 +100,17 @@ impl PodProxy {
             open(INBOUND_PLAINTEXT_PORT)?,
             open(INBOUND_HBONE_PORT)?,
         );
+        let names = if context.config.dns_capture {
+            let at = |error: io::Error| {
+                io::Error::new(error.kind(), format!("port {DNS_PORT}: {error}"))
+            };
+            Some((
+                pod.sockets.listen_for_datagrams(DNS_PORT).map_err(at)?,
+                pod.sockets.listen_locally(DNS_PORT).map_err(at)?,
+            ))
+        } else {
+            None
+        };
         context.certificates.prefetch(&pod.identity);
 
         let stop = CancellationToken::new();
@@ -114,6 +128,16 @@ impl PodProxy {
             let ((context, pod), stop) = (shared(), stop.clone());
             move |tcp, peer| inbound::serve(context.clone(), pod.clone(), tcp, peer, stop.clone())
         }));
+        if let Some((datagrams, connections)) = names {
+            let responder = Responder::new(context.clone(), pod.clone());
+            listeners.spawn(responder.clone().serve_datagrams(datagrams, stop.clone()));
+            listeners.spawn(accept(
+                connections,
+                context.clone(),
+                stop.clone(),
+                move |tcp, peer| responder.clone().serve_connection(tcp, peer),
+            ));
+        }
         listeners.close();
         Ok(Self {
             pod,
@@ -175,7 +199,7 @@ async fn accept<F>(
 
 impl ProxyContext {
     /// The pod's own entry in discovery, if it is there yet.
-    fn workload_of(&self, pod: &Pod, address: IpAddr) -> Option<Arc<Workload>> {
+    pub fn workload_of(&self, pod: &Pod, address: IpAddr) -> Option<Arc<Workload>> {
         let state = self.state.read();
         state
             .workload(&pod.workload_uid)

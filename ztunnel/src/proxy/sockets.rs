@@ -11,7 +11,7 @@ use std::{
 use nix::errno::Errno;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::{
-    net::{TcpListener, TcpSocket, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream, UdpSocket},
     time::timeout,
 };
 use tracing::warn;
@@ -72,6 +72,29 @@ impl PodSockets {
         Err(last)
     }
 
+    /// Listens on the pod's loopback address alone.
+    pub fn listen_locally(&self, port: u16) -> io::Result<TcpListener> {
+        self.listen_at(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port))
+    }
+
+    /// Takes datagrams on the pod's loopback address: answers must come from the very address
+    /// that redirected queries went to.
+    pub fn listen_for_datagrams(&self, port: u16) -> io::Result<UdpSocket> {
+        let address = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port);
+        let socket = self.socket(address.ip(), Type::DGRAM, Protocol::UDP)?;
+        socket.set_reuse_address(true)?;
+        socket.set_reuse_port(true)?;
+        socket.bind(&address.into())?;
+        UdpSocket::from_std(socket.into())
+    }
+
+    /// A socket for datagrams to and from `to`.
+    pub fn datagram(&self, to: SocketAddr) -> io::Result<UdpSocket> {
+        let socket = self.socket(to.ip(), Type::DGRAM, Protocol::UDP)?;
+        socket.connect(&to.into())?;
+        UdpSocket::from_std(socket.into())
+    }
+
     fn listen_at(&self, address: SocketAddr) -> io::Result<TcpListener> {
         let socket = self.stream_socket(address.ip())?;
         if address.is_ipv6() {
@@ -112,14 +135,14 @@ impl PodSockets {
     }
 
     fn stream_socket(&self, family_of: IpAddr) -> io::Result<Socket> {
+        self.socket(family_of, Type::STREAM, Protocol::TCP)
+    }
+
+    fn socket(&self, family_of: IpAddr, kind: Type, protocol: Protocol) -> io::Result<Socket> {
         let domain = Domain::for_address(SocketAddr::new(family_of, 0));
-        let socket = self.namespace.run(|| {
-            Socket::new(
-                domain,
-                Type::STREAM.nonblocking().cloexec(),
-                Some(Protocol::TCP),
-            )
-        })?;
+        let socket = self
+            .namespace
+            .run(|| Socket::new(domain, kind.nonblocking().cloexec(), Some(protocol)))?;
         self.mark(&socket)?;
         Ok(socket)
     }

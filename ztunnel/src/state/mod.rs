@@ -4,6 +4,7 @@
 mod balance;
 pub mod dump;
 pub mod inbound;
+mod names;
 pub mod reference;
 pub mod route;
 pub mod service;

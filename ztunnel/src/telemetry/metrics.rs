@@ -251,7 +251,6 @@ pub struct DnsLabels {
 }
 
 impl DnsLabels {
-    #[allow(dead_code)]
     pub fn of(workload: Option<&Workload>) -> Self {
         let of = |field: fn(&Workload) -> &Arc<str>| {
             workload.map_or_else(Label::default, |workload| Label(field(workload).clone()))
@@ -288,13 +287,9 @@ pub struct Metrics {
     pub log_lines_lost: Counter,
     /// Flow records dropped because their collector did not take them.
     pub flow_records_dropped: Counter,
-    #[allow(dead_code)]
     pub dns_requests: Family<DnsLabels, Counter>,
-    #[allow(dead_code)]
     pub dns_upstream_requests: Family<DnsLabels, Counter>,
-    #[allow(dead_code)]
     pub dns_upstream_failures: Family<DnsLabels, Counter>,
-    #[allow(dead_code)]
     pub dns_upstream_seconds: Family<DnsLabels, Histogram, fn() -> Histogram>,
     sockets: Family<Side, Gauge>,
     denials: Family<Denial, Counter>,
