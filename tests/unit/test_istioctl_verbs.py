@@ -18,45 +18,55 @@ from meshlight.operations.ztunnel_dump import istio_form
 NOW = datetime.datetime(2026, 5, 1, tzinfo=datetime.UTC)
 SERVICE = "demo/server.demo.svc.cluster.local"
 
+WAYPOINT = {"destination": "demo/wp.demo.svc.cluster.local", "hboneMtlsPort": 15008}
+
+
+def _endpoint(uid: str) -> dict[str, Any]:
+    return {"workloadUid": uid, "port": {"80": 8080}, "status": "Healthy"}
+
+
 OURS: dict[str, Any] = {
+    "workloadState": {},
     "workloads": [
         {
             "uid": "K//Pod/demo/server-1",
             "name": "server-1",
             "namespace": "demo",
-            "addresses": ["10.244.1.5"],
-            "hostname": "",
-            "tunnel": "HBONE",
+            "workloadIps": ["10.244.1.5"],
+            "protocol": "HBONE",
             "node": "n1",
-            "healthy": True,
-            "cluster": "K",
-            "policies": ["demo/p"],
-            "services": {SERVICE: {"80": 8080}},
-            "waypoint": {"destination": {"service": "demo/wp.demo.svc.cluster.local"}, "hbonePort": 15008},
+            "status": "Healthy",
+            "clusterId": "K",
+            "authorizationPolicies": ["demo/p"],
+            "waypoint": WAYPOINT,
         },
         {
             "uid": "K//Pod/demo/server-2",
             "name": "server-2",
             "namespace": "demo",
-            "addresses": ["10.244.2.5"],
-            "hostname": "",
-            "tunnel": "NONE",
+            "workloadIps": ["10.244.2.5"],
+            "protocol": "TCP",
             "node": "n2",
-            "healthy": False,
-            "waypoint": None,
-            "services": {SERVICE: {"80": 8080}},
+            "status": "Unhealthy",
         },
     ],
     "services": [
         {
-            "key": SERVICE,
             "name": "server",
-            "addresses": ["/10.96.0.7"],
-            "ports": [{"port": 80, "targetPort": 8080}],
-            "waypoint": None,
-            "balancing": {"mode": "Even", "preference": [], "anyHealth": False},
+            "namespace": "demo",
+            "hostname": "server.demo.svc.cluster.local",
+            "vips": ["/10.96.0.7"],
+            "ports": {"80": 8080},
+            "endpoints": {uid: _endpoint(uid) for uid in ("K//Pod/demo/server-1", "K//Pod/demo/server-2")},
         },
-        {"key": "demo/wp.demo.svc.cluster.local", "name": "wp", "addresses": ["/10.96.0.9"], "ports": []},
+        {
+            "name": "wp",
+            "namespace": "demo",
+            "hostname": "wp.demo.svc.cluster.local",
+            "vips": ["/10.96.0.9"],
+            "ports": {},
+            "endpoints": {},
+        },
     ],
     "policies": [
         {
@@ -78,18 +88,18 @@ OURS: dict[str, Any] = {
         }
     ],
     "certificates": [
-        {"identity": "spiffe://x/ns/demo/sa/a", "state": "Available", "serial": "ff", "not_after": 1780272000},
-        {"identity": "spiffe://x/ns/demo/sa/b", "state": "Unavailable", "error": "no pod"},
+        {
+            "identity": "spiffe://x/ns/demo/sa/a",
+            "state": "Available",
+            "certChain": [{"serialNumber": "255", "validFrom": "", "expirationTime": "2026-06-01T00:00:00Z"}],
+        },
+        {"identity": "spiffe://x/ns/demo/sa/b", "state": "Unavailable: no pod", "certChain": []},
     ],
 }
 
 
-def test_our_dump_has_istios_form() -> None:
+def test_policies_have_istios_form() -> None:
     dump = istio_form(OURS)
-    assert dump["workloads"][0]["workloadIps"] == ["10.244.1.5"]
-    assert [w["protocol"] for w in dump["workloads"]] == ["HBONE", "TCP"]
-    assert dump["services"][0]["vips"] == ["/10.96.0.7"]
-    assert set(dump["services"][0]["endpoints"]) == {"K//Pod/demo/server-1", "K//Pod/demo/server-2"}
     assert dump["policies"][0]["rules"] == [
         [
             [
