@@ -3,7 +3,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use crate::identity::Identity;
+use crate::{identity::Identity, state::workload::Workload};
 
 const SIGNATURE: [u8; 12] = *b"\r\n\r\n\0\r\nQUIT\n";
 /// Version 2, command PROXY.
@@ -12,6 +12,13 @@ const TCP_OVER_IPV4: u8 = 0x11;
 const TCP_OVER_IPV6: u8 = 0x21;
 const SOURCE_IDENTITY: u8 = 0xD0;
 const SERVICE_HOSTNAME: u8 = 0xD1;
+/// Ours (the range for custom fields): what the client is to the metrics of the waypoint.
+const SOURCE_WORKLOAD: u8 = 0xE0;
+const SOURCE_NAMESPACE: u8 = 0xE1;
+const SOURCE_SERVICE: u8 = 0xE2;
+const SOURCE_REVISION: u8 = 0xE3;
+const SOURCE_CLUSTER: u8 = 0xE4;
+const SOURCE_POD: u8 = 0xE5;
 
 /// The header that precedes a connection's bytes.
 pub fn header(
@@ -19,8 +26,9 @@ pub fn header(
     destination: SocketAddr,
     identity: &Identity,
     hostname: Option<&str>,
+    client: Option<&Workload>,
 ) -> Vec<u8> {
-    let mut body = Vec::with_capacity(160);
+    let mut body = Vec::with_capacity(320);
     let family = match (source.ip(), destination.ip()) {
         (IpAddr::V4(source), IpAddr::V4(destination)) => {
             body.extend(source.octets());
@@ -43,6 +51,12 @@ pub fn header(
     for (kind, value) in [
         (SOURCE_IDENTITY, Some(identity.as_str())),
         (SERVICE_HOSTNAME, hostname),
+        (SOURCE_WORKLOAD, client.map(|c| &*c.workload_name)),
+        (SOURCE_NAMESPACE, client.map(|c| &*c.namespace)),
+        (SOURCE_SERVICE, client.map(|c| &*c.canonical_name)),
+        (SOURCE_REVISION, client.map(|c| &*c.canonical_revision)),
+        (SOURCE_CLUSTER, client.map(|c| &*c.cluster)),
+        (SOURCE_POD, client.map(|c| &*c.name)),
     ] {
         // Names that long do not exist; cutting one would make it another.
         if let Some((value, length)) = value.and_then(|v| Some((v, u16::try_from(v.len()).ok()?))) {
@@ -71,6 +85,7 @@ mod tests {
             "10.96.0.1:80".parse().unwrap(),
             &identity,
             Some("h"),
+            None,
         );
         let tlvs = 3 + identity.to_string().len() + 3 + 1;
         assert_eq!(&header[..14], b"\r\n\r\n\0\r\nQUIT\n\x21\x11");
@@ -90,6 +105,7 @@ mod tests {
             "10.0.0.1:1".parse().unwrap(),
             "[2001:db8::1]:2".parse().unwrap(),
             &Identity::new("c", "n", "s"),
+            None,
             None,
         );
         assert_eq!(header[13], 0x21);

@@ -337,12 +337,20 @@ impl Peer {
             Some(_) => self.pod.sockets.connect(arrival.connect).await?,
         };
         if let Some(hostname) = &arrival.proxy_protocol {
-            let header = proxy_protocol::header(
-                self.address,
-                arrival.destination,
-                &self.identity,
-                hostname.as_deref(),
-            );
+            let header = {
+                let state = self.context.state.read();
+                let network = &self.context.config.network;
+                let client = state.workload_at(network, self.address.ip());
+                proxy_protocol::header(
+                    self.address,
+                    arrival.destination,
+                    &self.identity,
+                    hostname.as_deref(),
+                    client
+                        .map(Arc::as_ref)
+                        .filter(|c| c.identity() == self.identity),
+                )
+            };
             application.write_all(&header).await?;
         }
         Ok(application)
