@@ -11,7 +11,9 @@ from meshlight.kube.resources import Object
 
 def _groups(catalog: Catalog) -> dict[str, dict[str, list[ResourceType]]]:
     groups: dict[str, dict[str, list[ResourceType]]] = {}
-    for served in catalog.types():
+    # Built-in groups have priorities; those of custom resources share one, and go by name: of two groups that
+    # have a kind of the same name, every client takes the same.
+    for served in sorted(catalog.types(), key=lambda t: t.resource.group if t.schema is not None else ""):
         versions = groups.setdefault(served.resource.group, {})
         versions.setdefault(served.resource.version, []).append(served)
     for versions in groups.values():

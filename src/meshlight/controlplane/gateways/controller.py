@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import meshlight
 from meshlight.controlplane.discovery import Discovery
 from meshlight.controlplane.facts import ObjectKey
-from meshlight.controlplane.gateways import deployment, gateway_status, host_names
+from meshlight.controlplane.gateways import deployment, gateway_status, host_names, local_certificates
 from meshlight.controlplane.gateways.classes import CLASSES, GatewayClass
 from meshlight.controlplane.gateways.work import Work
 from meshlight.controlplane.logs import Scope
@@ -23,6 +23,7 @@ from meshlight.kube.resources import (
     DNS_ENDPOINTS,
     GATEWAY_CLASSES,
     GATEWAYS,
+    SECRETS,
     SERVICE_ACCOUNTS,
     SERVICES,
     Object,
@@ -93,6 +94,9 @@ class GatewayController:
         parsed = self._discovery.envoy.gateways.get(key)
         if chosen is None or parsed is None:
             return
+        for secret, names in local_certificates.wanted(gateway, parsed).items():
+            if self._caches["Secret"].get(secret.name, secret.namespace) is None:
+                await self._create(SECRETS, local_certificates.secret(secret, names, _now()))
         name = chosen.deployed_name(key.name)
         deployed = gateway_status.Deployed(
             self._caches["Service"].get(name, key.namespace), self.deployments.get(name, key.namespace)
@@ -105,6 +109,13 @@ class GatewayController:
             await self._client.patch(
                 GATEWAYS, key.name, {"status": status}, key.namespace, subresource="status"
             )
+
+    async def _create(self, resource: Resource, obj: Object) -> None:
+        try:
+            await self._client.create(resource, obj)
+        except ApiError as error:
+            if error.reason != "AlreadyExists":
+                raise
 
     async def _apply(
         self, key: ObjectKey, gateway: Object, chosen: GatewayClass, records: Object | None

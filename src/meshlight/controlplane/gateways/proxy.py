@@ -49,7 +49,7 @@ def main() -> None:
         [
             program, "-c", str(config), "--concurrency", arguments.concurrency, "--log-level",
             arguments.proxyLogLevel, "--log-format", _LOG_FORMAT, "--disable-hot-restart",
-            "--drain-time-s", os.environ.get("DRAIN_SECONDS", "5"), "--drain-strategy", "immediate",
+            "--drain-time-s", os.environ.get("DRAIN_SECONDS", "5"),
         ],
     )  # fmt: skip
 
@@ -87,15 +87,28 @@ def envoy() -> str:
     return str(packaged)
 
 
+NOTICE_SECONDS = 1.5
+"""How long others may take to hear that this proxy is going: until then it still takes connections."""
+
+
 def drain(seconds: float) -> None:
     """Let Envoy close idle connections and finish busy ones; returns when none is left or time is up."""
     _admin("POST", "/drain_listeners?graceful&skip_exit")
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        counters = json.loads(_admin("GET", "/stats?format=json&filter=main.downstream_cx_active") or "{}")
-        if sum(entry.get("value", 0) for entry in counters.get("stats", [])) == 0:
+    started = time.monotonic()
+    while (passed := time.monotonic() - started) < seconds:
+        if passed > NOTICE_SECONDS and open_connections(_admin("GET", _CONNECTIONS)) == 0:
             return
         time.sleep(0.1)
+
+
+_CONNECTIONS = "/stats?format=json&filter=^http\\..*\\.downstream_cx_active$"
+_OWN = ("http.admin.", "http.metrics.", "http.prometheus.", "http.readiness.")
+
+
+def open_connections(stats: bytes) -> int:
+    """The clients' HTTP connections that are open, from Envoy's statistics as JSON."""
+    entries = json.loads(stats or b"{}").get("stats", [])
+    return sum(e.get("value", 0) for e in entries if "name" in e and not e["name"].startswith(_OWN))
 
 
 def _admin(method: str, path: str) -> bytes:
