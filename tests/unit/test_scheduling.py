@@ -8,8 +8,8 @@ import pytest
 from workload_objects import node, pod
 
 from meshlight.controllers.node_filters import NodeState, matches_expression, refusals
-from meshlight.controllers.pod_resources import pod_requests
 from meshlight.controllers.scheduling import judge, message, no_preemption, preempt
+from meshlight.kube.pod_resources import pod_requests
 
 
 def states(*found: NodeState) -> list[NodeState]:

@@ -10,9 +10,9 @@ from workload_objects import NOW, node, pod
 
 from meshlight.controllers.disruption import budget_status
 from meshlight.controllers.persistent_volumes import provisioned, volume_phase
-from meshlight.controllers.quota import used
 from meshlight.controllers.taint_eviction import eviction_in
 from meshlight.controllers.volume_binding import best, claim_names, default_class
+from meshlight.kube.quota_usage import used
 
 
 def volume(name: str, size: str = "1Gi", modes: str = "ReadWriteOnce", **spec: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from meshlight.controllers.pod_resources import Amounts, add, allocatable, pod_requests
+from meshlight.kube.pod_resources import Amounts, add, allocatable, pod_requests
 from meshlight.kube.resources import Object
 
 UNSCHEDULABLE = "node(s) were unschedulable"

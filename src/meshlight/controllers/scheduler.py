@@ -14,11 +14,11 @@ from meshlight.controllers import scheduling
 from meshlight.controllers.disruption import covers
 from meshlight.controllers.node_filters import NodeState
 from meshlight.controllers.ownership import Dependents, side_by_side
-from meshlight.controllers.pod_resources import allocatable
 from meshlight.controllers.pods import clock, condition, is_finished, is_terminating, stamp
 from meshlight.controllers.volume_binding import VolumeBinder
 from meshlight.controllers.workqueue import Key, WorkQueue
 from meshlight.kube.client import ApiError, Cache, Client
+from meshlight.kube.pod_resources import allocatable
 from meshlight.kube.recorder import Recorder
 from meshlight.kube.resources import PODS, Object
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from meshlight.controllers.node_filters import NodeState, matches_term, refusals, untolerated
 from meshlight.controllers.pod_placement import Surroundings
-from meshlight.controllers.pod_resources import DEFAULT_CPU, DEFAULT_MEMORY, pod_requests
 from meshlight.controllers.pods import controller_of, is_terminating
+from meshlight.kube.pod_resources import DEFAULT_CPU, DEFAULT_MEMORY, pod_requests
 from meshlight.kube.resources import Object
 
 NOT_HELPFUL = "Preemption is not helpful for scheduling"

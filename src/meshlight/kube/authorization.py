@@ -173,36 +173,3 @@ EVERYONE: tuple[Object, ...] = (
     {"verbs": ["create"], "apiGroups": ["authentication.k8s.io"], "resources": ["selfsubjectreviews"]},
 )  # fmt: skip
 """What every authenticated user may do: discovery, and questions about itself."""
-
-_READ = ["get", "list", "watch"]
-_WRITE = ["create", "delete", "deletecollection", "patch", "update"]
-_WORKLOAD_KINDS = [
-    "configmaps", "endpoints", "persistentvolumeclaims", "pods", "replicationcontrollers", "serviceaccounts",
-    "services", "events", "pods/log", "pods/status",
-]  # fmt: skip
-_APP_GROUPS = [
-    "apps", "batch", "autoscaling", "policy", "networking.k8s.io", "discovery.k8s.io",
-    "security.istio.io", "networking.istio.io", "telemetry.istio.io", "gateway.networking.k8s.io",
-]  # fmt: skip
-_EDIT: list[Object] = [
-    {"apiGroups": [""], "resources": _WORKLOAD_KINDS, "verbs": _READ + _WRITE},
-    {"apiGroups": [""], "resources": ["secrets"], "verbs": _READ + _WRITE},
-    {"apiGroups": [""], "resources": ["pods/exec", "pods/attach", "pods/portforward", "pods/eviction"],
-     "verbs": ["get", "create"]},
-    {"apiGroups": [""], "resources": ["serviceaccounts/token"], "verbs": ["create"]},
-    {"apiGroups": _APP_GROUPS, "resources": [_ANY], "verbs": _READ + _WRITE},
-    {"apiGroups": [""], "resources": ["namespaces"], "verbs": _READ},
-]  # fmt: skip
-DEFAULT_ROLES: dict[str, list[Object]] = {
-    "cluster-admin": [
-        {"apiGroups": [_ANY], "resources": [_ANY], "verbs": [_ANY]},
-        {"nonResourceURLs": [_ANY], "verbs": [_ANY]},
-    ],
-    "admin": [*_EDIT, {"apiGroups": [GROUP], "resources": ["roles", "rolebindings"], "verbs": _READ + _WRITE}],
-    "edit": _EDIT,
-    "view": [
-        {"apiGroups": [""], "resources": [*_WORKLOAD_KINDS, "namespaces"], "verbs": _READ},
-        {"apiGroups": _APP_GROUPS, "resources": [_ANY], "verbs": _READ},
-    ],
-}
-"""ClusterRoles that every cluster has, as Kubernetes' user-facing roles."""

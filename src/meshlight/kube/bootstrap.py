@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 
-from meshlight.kube.authorization import DEFAULT_ROLES, GROUP
+from meshlight.kube.authorization import GROUP
+from meshlight.kube.default_roles import BINDINGS, PRIORITIES, ROLES
 from meshlight.kube.resources import Object
 from meshlight.kube.rest import Rest, Target, WriteOptions
 from meshlight.kube.status import StatusError
@@ -22,8 +23,11 @@ def bootstrap(rest: Rest, address: str, port: int) -> None:
     """
     for name in NAMESPACES:
         _ensure(rest, "", "v1", "namespaces", {"metadata": {"name": name}})
-    for role, rules in DEFAULT_ROLES.items():
-        _ensure(rest, GROUP, "v1", "clusterroles", {"metadata": {"name": role}, "rules": rules})
+    for plural, found in (("clusterroles", ROLES), ("clusterrolebindings", BINDINGS)):
+        for obj in found:
+            _ensure(rest, GROUP, "v1", plural, obj)
+    for priority in PRIORITIES:
+        _ensure(rest, "scheduling.k8s.io", "v1", "priorityclasses", priority)
     labels = {"component": "apiserver", "provider": "kubernetes"}
     metadata: Object = {"name": "kubernetes", "namespace": "default", "labels": labels}
     ports = [{"name": "https", "port": 443, "protocol": "TCP", "targetPort": port}]

@@ -20,11 +20,15 @@ from meshlight.kube import (
     managed_fields,
     objects,
     patch,
+    role_aggregation,
     scale,
     service_addresses,
     validation,
 )
+from meshlight.kube.admission import Operation, Request
+from meshlight.kube.admission.chain import builtin
 from meshlight.kube.authentication import User
+from meshlight.kube.authorization import Authorizer
 from meshlight.kube.catalog import Catalog, ResourceType
 from meshlight.kube.resources import Object
 from meshlight.kube.status import (
@@ -85,6 +89,8 @@ class Rest:
     def __init__(self, store: Store, catalog: Catalog) -> None:
         self.store = store
         self.catalog = catalog
+        self.authorizer = Authorizer(self.rbac_objects)
+        self.admission = builtin(store, catalog, self.authorizer)
         self._rbac: dict[tuple[str, str | None], tuple[int, list[Object]]] = {}
         for crd in store.objects("apiextensions.k8s.io/customresourcedefinitions"):
             catalog.add_crd(crd)
@@ -164,9 +170,12 @@ class Rest:
         if served.has_status and served.resource.kind not in ("Node", "Pod"):
             obj.pop("status", None)
         objects.apply_defaults(served, obj, created=True)
+        request = _request("CREATE", target, obj, None, options)
+        self.admission.mutate(request)
         objects.set_generation(served, None, obj)
         objects.validate(served, obj)
         options.warnings.extend(validation.warnings(obj))
+        self.admission.validate(request)
         if not applied:
             managed_fields.record_update(None, obj, served.structure, _writer(target, options))
         self._complete_service(target, obj, None)
@@ -284,6 +293,7 @@ class Rest:
             raise target.missing()
         self.presented(target.served, obj)
         deletion.check(target.served, obj, options)
+        self.admission.validate(_request("DELETE", target, None, obj, write or WriteOptions()))
         before = orjson.dumps(obj)
         held = deletion.mark(obj, options, objects.now())
         if options.dry_run:
@@ -321,8 +331,11 @@ class Rest:
         entries = obj["metadata"].get("managedFields")
         updated = objects.update(served, old, obj, subresource)
         objects.apply_defaults(served, updated)
+        request = _request("UPDATE", target, updated, old, options)
+        self.admission.mutate(request)
         objects.set_generation(served, old, updated)
         objects.validate(served, updated, old, subresource)
+        self.admission.validate(request)
         if not subresource:
             options.warnings.extend(validation.warnings(updated))
         if applied:
@@ -349,7 +362,21 @@ class Rest:
         version = self.catalog.stored_version(served)
         typed = {"apiVersion": version, "kind": served.resource.kind}
         stored = self.store.write(key, {**typed, **obj, **typed}, expected)
+        if served.resource.kind == "ClusterRole":
+            self._aggregate_roles()
         return stored if version == served.resource.api_version else self.presented(served, stored)
+
+    def _aggregate_roles(self) -> None:
+        """Bring the roles that are made of others up to date; roles may be made of such roles in turn."""
+        resource = "rbac.authorization.k8s.io/clusterroles"
+        for _ in range(_ROLES_OF_ROLES):
+            changed = role_aggregation.outdated(self.rbac_objects("clusterroles", None))
+            for role, rules in changed:
+                expected = int(role["metadata"]["resourceVersion"])
+                made = {**role, "metadata": dict(role["metadata"]), "rules": rules}
+                self.store.write(Key(resource, "", role["metadata"]["name"]), made, expected)
+            if not changed:
+                return
 
     def _finished(self, obj: Object) -> bool:
         """Whether a marked object has nothing left that holds it."""
@@ -366,6 +393,8 @@ class Rest:
         if served.resource.kind == definitions.KIND:
             self.catalog.remove_crd(obj)
         self.store.delete(target.key, obj)
+        if served.resource.kind == "ClusterRole":
+            self._aggregate_roles()
         if served.schema is not None:
             definition = self.store.get(Key(definitions.RESOURCE, "", definitions.name_of(served)))
             if definition is not None and "deletionTimestamp" in definition["metadata"]:
@@ -427,12 +456,32 @@ class Rest:
         return conflict(target.served.resource.group, target.served.resource.plural, target.name)
 
 
+_ROLES_OF_ROLES = 10
+"""How deep aggregated ClusterRoles may be made of aggregated ones."""
 _DELETING = "CustomResourceDefinition marked for deletion; CustomResource deletion will begin soon"
 
 
 def _copy(obj: Object) -> Object:
     copied: Object = orjson.loads(orjson.dumps(obj))
     return copied
+
+
+def _request(
+    operation: Operation, target: Target, obj: Object | None, old: Object | None, options: WriteOptions
+) -> Request:
+    name = target.name or (obj or {})["metadata"].get("name") or ""
+    return Request(
+        operation,
+        target.served,
+        target.namespace or "",
+        name,
+        target.subresource,
+        obj,
+        old,
+        options.user,
+        options.dry_run,
+        options.warnings,
+    )
 
 
 def _writer(target: Target, options: WriteOptions) -> managed_fields.Writer:

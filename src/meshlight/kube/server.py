@@ -28,7 +28,7 @@ from aiohttp import web
 from meshlight.kube import deletion, discovery, kubelet_streams, metrics_api, openapi, pod_subresources, reviews
 from meshlight.kube.audit import AuditLog
 from meshlight.kube.authentication import Attributes
-from meshlight.kube.authorization import Authorizer, node_may_touch
+from meshlight.kube.authorization import node_may_touch
 from meshlight.kube.bootstrap import bootstrap
 from meshlight.kube.catalog import Catalog
 from meshlight.kube.credentials import Credentials
@@ -79,7 +79,7 @@ class Server:
         self.tokens = TokenIssuer(pki, rest.core_object)
         self.credentials = Credentials(self.tokens, log)
         self.kubelets = KubeletProxy(pki)
-        self.authorizer = Authorizer(rest.rbac_objects)
+        self.authorizer = rest.authorizer
         self._audit = audit
 
     def application(self) -> web.Application:
