@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import click
@@ -86,6 +87,10 @@ for verb in (
     completion,
 ):
     cli.add_command(verb)
+for short, verb in (("ps", proxy_status), ("zc", ztunnel_config)):  # istioctl's short names
+    hidden = copy.copy(verb)
+    hidden.hidden = True
+    cli.add_command(hidden, short)
 
 
 _REFUSALS = (

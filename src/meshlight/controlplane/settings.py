@@ -124,8 +124,8 @@ class Settings:
     secure_grpc_port: int = 15012
     monitoring_port: int = 15014
     probe_port: int = 8080
-    debounce: timedelta = timedelta(milliseconds=10)
-    debounce_limit: timedelta = timedelta(milliseconds=200)
+    debounce: timedelta = timedelta(milliseconds=5)
+    debounce_limit: timedelta = timedelta(milliseconds=25)
     token_audience: str = "istio-ca"
     trusted_node_accounts: frozenset[ServiceAccount] = frozenset({ServiceAccount("istio-system", "ztunnel")})
     default_certificate_lifetime: timedelta = timedelta(hours=24)
@@ -156,8 +156,8 @@ class Settings:
             secure_grpc_port=_port(environment, "SECURE_GRPC_PORT", 15012),
             monitoring_port=_port(environment, "MONITORING_PORT", 15014),
             probe_port=_port(environment, "HTTP_PORT", 8080),
-            debounce=_duration(environment, "PILOT_DEBOUNCE_AFTER", timedelta(milliseconds=10)),
-            debounce_limit=_duration(environment, "PILOT_DEBOUNCE_MAX", timedelta(milliseconds=200)),
+            debounce=_duration(environment, "PILOT_DEBOUNCE_AFTER", timedelta(milliseconds=5)),
+            debounce_limit=_duration(environment, "PILOT_DEBOUNCE_MAX", timedelta(milliseconds=25)),
             token_audience=environment.get("TOKEN_AUDIENCES", "istio-ca").split(",")[0].strip(),
             trusted_node_accounts=_accounts(environment, f"{root_namespace}/ztunnel"),
             default_certificate_lifetime=_duration(

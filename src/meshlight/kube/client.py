@@ -440,13 +440,20 @@ class Cache:
     `objects` maps (namespace, name) to the object. Each callback is called after the copy changed,
     as `callback(old | None, new | None)`. Run it as a task: `async with asyncio.TaskGroup`.
     A writer hands in the answers of its writes (`wrote`, `erased`), so that it never decides on a copy
-    that is older than what it did itself.
+    that is older than what it did itself. `trim` takes from each object what its reader never needs.
     """
 
-    def __init__(self, client: Client, resource: Resource, **selectors: str) -> None:
+    def __init__(
+        self,
+        client: Client,
+        resource: Resource,
+        trim: Callable[[Object], None] | None = None,
+        **selectors: str,
+    ) -> None:
         self.client = client
         self.resource = resource
         self.selectors = selectors
+        self._trim = trim
         self.objects: dict[tuple[str, str], Object] = {}
         self.synced = asyncio.Event()
         self._callbacks: list[Callable[[Object | None, Object | None], None]] = []
@@ -484,8 +491,10 @@ class Cache:
             async for event in events:
                 if event.type == "SYNCED":
                     self.synced.set()
-                else:
-                    self._heard(event)
+                    continue
+                if self._trim is not None:
+                    self._trim(event.object)
+                self._heard(event)
 
     def _heard(self, event: WatchEvent) -> None:
         key, version, uid = _key(event.object), _version(event.object), event.object["metadata"]["uid"]

@@ -183,7 +183,8 @@ def certificate_rows(dump: Dump, now: datetime.datetime) -> list[Row]:
 def _certificate_row(identity: str, kind: str, state: str, held: Dump, now: datetime.datetime) -> Row:
     begin, end = _instant(held.get("validFrom")), _instant(held.get("expirationTime"))
     valid = end is not None and now < end and (begin is None or begin < now)
-    serial = f"{int(held['serialNumber']):x}" if str(held.get("serialNumber", "")).isdigit() else "NA"
+    number = str(held.get("serialNumber") or "")
+    serial = f"{int(number):x}" if number.isdigit() else number or "NA"  # Istio's is decimal, ours is not
     not_after, not_before = held.get("expirationTime") or "NA", held.get("validFrom") or "NA"
     return identity, kind, state, str(valid).lower(), serial, not_after, not_before
 
