@@ -293,7 +293,7 @@ class PersistentVolumes:
         metadata = claim["metadata"]
         used = any(
             p["metadata"]["namespace"] == metadata["namespace"]
-            and not is_finished(p)
+            and p["spec"].get("nodeName")  # an ended pod counts as well, as long as it exists
             and metadata["name"] in claim_names(p)
             for p in self.pods.objects.values()
         )
