@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Cluster, pod, service, wait_until
+from images import build
 from test_durability import machine
 
 USER = 65534
@@ -55,7 +56,11 @@ def test_everything_works_for_an_unprivileged_user(rootless: Cluster) -> None:
         "securityContext": {"runAsUser": 1000},
         "resources": {"limits": {"memory": "64Mi"}},
     }
+    layout = build().layout(rootless.home / "layout")
+    imaged = pod("imaged", "default", [])
+    imaged["spec"]["containers"][0] = {"name": "main", "image": f"oci:{layout}"}
     rootless.apply(
+        imaged,
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "c"}, "data": {"key": "found\n"}},
         pod("echo", "default", [*program, "serve", "7000"], nodeName="cluster-101-node-1"),
         service("echo", "default", 7000),
@@ -63,6 +68,10 @@ def test_everything_works_for_an_unprivileged_user(rootless: Cluster) -> None:
     )
     rootless.kubectl("wait", "--for=condition=Ready", "pod/echo", "pod/reader", "--timeout=60s")
     wait_until(lambda: rootless.kubectl("logs", "reader") == "found\nfound\n", 30, "the mounted keys")
+    # An image too, with its whiteouts; only its user is root, as an Event says.
+    seen = "opaque\nstays.txt\nabove\n"
+    wait_until(lambda: seen in rootless.kubectl("logs", "imaged", check=False), 60, "the image's files")
+    assert rootless.kubectl("exec", "imaged", "--", "id", "-u") == "0\n"
     assert rootless.kubectl("exec", "reader", "--", "ls", "/etc/mine") == "/etc/mine\n"
     assert not Path("/etc/mine").exists() and not Path("/usr/share/new").exists()
     assert "runAsUser" in rootless.kubectl("get", "events", "--field-selector", "reason=SecurityContextIgnored")

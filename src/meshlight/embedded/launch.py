@@ -23,6 +23,7 @@ from pathlib import Path
 from meshlight.embedded import outlet, pki
 from meshlight.embedded.layout import Layout, LayoutError, Record, start_time
 from meshlight.node import cgroups
+from meshlight.node.oci.store import remove_tree
 
 DEFAULT_API_PORT = 6443
 _TOOLS = {"ip": "iproute2", "nft": "nftables", "unshare": "util-linux", "nsenter": "util-linux"}
@@ -244,5 +245,5 @@ def stop(layout: Layout, *, purge: bool, timeout: float = 20) -> bool:
             record.supervisor_pid = record.supervisor_started = 0
             record.write(layout)
         if purge:
-            shutil.rmtree(layout.state)
+            remove_tree(layout.state)  # images' folders may have any mode
     return was_running

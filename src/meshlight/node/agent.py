@@ -21,6 +21,7 @@ from meshlight.node.events import Recorder, log
 from meshlight.node.eviction import Evictions
 from meshlight.node.kubelet_api import KubeletApi
 from meshlight.node.network import PodNetwork, run_routes
+from meshlight.node.oci.store import ImageStore
 from meshlight.node.policies import Policies
 from meshlight.node.references import References
 from meshlight.node.registration import KUBELET_PORT, NodeIdentity, Registration
@@ -39,6 +40,7 @@ class Agent:
         self.client, self.node, self.state = client, node, state
         self.workers: dict[str, PodWorker] = {}
         self.images: dict[str, str] = {}
+        self.registries: dict[str, str] = {}
         self.recorder = Recorder(client, node.name)
         self.references = References(client, self._reference_changed)
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -58,6 +60,7 @@ class Agent:
         timeout = aiohttp.ClientTimeout(total=None)
         enrolment = Enrolment(self.client, self.node.name, run / "hostfs" / ZTUNNEL_SOCKET)
         policies = Policies(self.client, self.node.name)
+        machine = Machine.read(self.state)
         async with aiohttp.ClientSession(timeout=timeout) as http:
             context = NodeContext(
                 self.client,
@@ -66,7 +69,7 @@ class Agent:
                 run,
                 self.state / "nodes" / self.node.name / "pods",
                 self.state / "volumes",
-                Machine.read(self.state),
+                machine,
                 PodNetwork(self.node.index),
                 self.references,
                 self.recorder,
@@ -75,6 +78,8 @@ class Agent:
                 Cgroups(cgroup_label(self.state)),
                 enrolment,
                 policies,
+                ImageStore(self.state / "images", user_namespace=machine.in_user_namespace),
+                self.registries,
             )
             registration = Registration(self.client, self.node, self.state, self.recorder, self._settled)
             try:
@@ -86,7 +91,8 @@ class Agent:
                         ("services", lambda: service_proxy.run(self.client, self.node.name, self.node.address)),
                         ("policies", policies.run),
                         ("enrolment", enrolment.run),
-                        ("images", self._follow_images),
+                        ("images", lambda: self._follow_entries(images.CONFIG_MAP, self.images)),
+                        ("registries", lambda: self._follow_entries(images.REGISTRIES, self.registries)),
                         ("pods", lambda: self._follow_pods(context)),
                         ("evictions", Evictions(self.workers).run),
                     ):
@@ -99,16 +105,17 @@ class Agent:
                 await self.references.close()
                 await runner.cleanup()
 
-    async def _follow_images(self) -> None:
-        selector = f"metadata.name={images.CONFIG_MAP}"
+    async def _follow_entries(self, name: str, entries: dict[str, str]) -> None:
+        """Keep a copy of what a ConfigMap of kube-system says; pods that wait for it look again."""
+        selector = f"metadata.name={name}"
         events = self.client.watch(CONFIG_MAPS, "kube-system", field_selector=selector)
         async with contextlib.aclosing(events):
             async for event in events:
                 if event.type == "SYNCED":
                     continue
-                self.images.clear()
+                entries.clear()
                 if event.type != "DELETED":
-                    self.images.update(event.object.get("data") or {})
+                    entries.update(event.object.get("data") or {})
                 for worker in self.workers.values():
                     worker.poke()
 

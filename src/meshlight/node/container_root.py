@@ -138,19 +138,34 @@ class View:
     A user namespace may not overlay a folder with mounts below it, which the kernel locks. Such a folder
     is made anew, and each of its entries is viewed by itself: a folder without mounts as an overlay of
     its own, or read-only where overlays are not allowed at all; a file read-only. `parts` are the mounts made.
+    With `layers` it is a view of an image instead.
     """
 
-    def __init__(self, root: str, options: str, private: tuple[str, ...]) -> None:
+    def __init__(
+        self, root: str, options: str, private: tuple[str, ...], folder: str = "", layers: tuple[str, ...] = ()
+    ) -> None:
         self.root, self.options, self.private = root, options, private
         self.merged = root + "/merged"
         self.parts: list[str] = []
         with open("/proc/self/mountinfo") as file:
             self.points = [line.split()[4] for line in file]
         os.makedirs(self.merged, exist_ok=True)
-        if not self._overlay("/"):
+        if layers:
+            self._lay(folder, layers)
+        elif not self._overlay("/"):
             mount("tmpfs", self.merged, "tmpfs", MS_NODEV, "mode=755")
             self.parts.append("/")
             self._entries("/")
+
+    def _lay(self, folder: str, layers: tuple[str, ...]) -> None:
+        """An image's layers instead; by names relative to their folder, as options must fit in a page."""
+        for name in ("upper", "work"):
+            os.makedirs(f"{self.root}/{name}", exist_ok=True)
+        os.chdir(folder)
+        os.chmod(self.root + "/upper", os.stat(layers[0]).st_mode & 0o7777)
+        above = f"upperdir={self.root}/upper,workdir={self.root}/work{self.options}"
+        mount("overlay", self.merged, "overlay", MS_NODEV, f"lowerdir={':'.join(layers)},{above}")
+        self.parts.append("/")
 
     def _overlay(self, path: str) -> bool:
         upper, work = self.root + "/upper" + path, self.root + "/work" + path
@@ -196,7 +211,7 @@ def enter_root(spec: Record) -> None:
     """Give this process a root of its own: a view of the machine's, with the plan's mounts."""
     checked(libc.unshare(CLONE_NEWNS), "unshare")
     mount("", "/", "", MS_REC | MS_PRIVATE)
-    view = View(spec["root"], spec["overlay_options"], spec["private"])
+    view = View(spec["root"], spec["overlay_options"], spec["private"], spec["layers_folder"], spec["layers"])
     merged = view.merged
     os.makedirs(merged + HOST, exist_ok=True)
     os.chdir(merged)

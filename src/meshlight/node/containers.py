@@ -35,6 +35,8 @@ class ContainerState:
     waiting_message: str = ""
     failures: int = 0
     image_id: str = ""
+    fetched: bool = False
+    """Whether its image had to be fetched for the latest start."""
     health: Health | None = None
 
     @property

@@ -14,6 +14,7 @@ from meshlight.node.cgroups import Cgroups
 from meshlight.node.enrolment import Enrolment
 from meshlight.node.events import Recorder
 from meshlight.node.network import PodNetwork
+from meshlight.node.oci.store import ImageStore
 from meshlight.node.policies import Policies
 from meshlight.node.references import References
 from meshlight.node.rootfs import Machine
@@ -41,6 +42,8 @@ class NodeContext:
     cgroups: Cgroups
     enrolment: Enrolment
     policies: Policies
+    images: ImageStore
+    registries: Mapping[str, str]
     starts: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_STARTS_AT_ONCE))
     """Bounds how many pods start at the same time, so that a boot does not thrash."""
 

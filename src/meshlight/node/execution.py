@@ -18,12 +18,25 @@ from pathlib import Path
 import aiohttp
 
 from meshlight.kube.client import ApiError, ApiUnreachable
-from meshlight.kube.resources import PODS, SERVICE_ACCOUNTS, SERVICES, Object
+from meshlight.kube.resources import PODS, SECRETS, SERVICE_ACCOUNTS, SERVICES, Object
 from meshlight.node import images, lifecycle, resolver
 from meshlight.node.context import NodeContext
+from meshlight.node.dialing import dial
 from meshlight.node.environment import ConfigError, Place, service_variables, variables
-from meshlight.node.launching import Surroundings, base_environment, beside, identity, program, security
+from meshlight.node.images import UnknownImage
+from meshlight.node.launching import (
+    Surroundings,
+    base_environment,
+    beside,
+    identity,
+    image_environment,
+    image_identity,
+    program,
+    security,
+)
 from meshlight.node.logfile import last_lines
+from meshlight.node.oci.registry import Credentials, credentials, registries
+from meshlight.node.oci.store import Image, Pull
 from meshlight.node.probes import http_get
 from meshlight.node.runtime import Mount, Sandbox, SandboxError
 from meshlight.node.volumes import PodVolumes, with_api_access
@@ -54,6 +67,7 @@ class Execution:
         self.volumes = PodVolumes(node.client, self.folder / "volumes", node.host_files, node.disk)
         self._automounts: bool | None = None
         self._services: dict[str, str] | None = None
+        self._images: dict[str, Image] = {}
 
     # What a container is surrounded by.
 
@@ -89,35 +103,103 @@ class Execution:
             self._automounts = account.get("automountServiceAccountToken") is not False
         return self._automounts
 
-    async def _environment(self, pod: Object, container: Object) -> dict[str, str]:
+    async def _environment(self, pod: Object, container: Object, image: Image | None = None) -> dict[str, str]:
         if self._services is None:
             self._services = {}
             if pod["spec"].get("enableServiceLinks") is not False:
                 listed = await self.node.client.list(SERVICES, pod["metadata"]["namespace"])
                 self._services = service_variables(listed.items)
         base = {**self._services, **base_environment(pod, self.node.machine)}
+        if image is not None:
+            _, home = image_identity(pod, security(pod, container), self.node.machine, image)
+            base = {k: v for k, v in base.items() if k != "LANG"} | image_environment(image, home)
         sources = await self.node.references.sources(pod)
         return variables(pod, container, sources, self.place(), base)
 
     def _termination_file(self, container: Object, attempt: int) -> Path:
         return self.folder / "termination" / str(container["name"]) / str(attempt)
 
+    # Images.
+
+    async def image(self, name: str) -> Image | None:
+        """The image that a container was started with, or will be if it is here; None for a program of ours."""
+        if not self._unpacks(name):
+            return None
+        if name not in self._images:
+            found = await asyncio.to_thread(self.node.images.known, self.container(name)["image"])
+            if found is None:
+                raise UnknownImage(f'image "{self.container(name)["image"]}" is not here any more')
+            self._images[name] = found
+        return self._images[name]
+
+    def _unpacks(self, name: str) -> bool:
+        named = registries(self.node.registries)
+        return images.is_oci(self.container(name), self.node.image_mapping, named)
+
+    async def pull(self, name: str, begins: Callable[[], None]) -> bool:
+        """See to a container's image by its policy; whether anything had to be fetched.
+
+        `begins` is called when it is fetched. Raises ImageError, InvalidReference, OSError, ApiError.
+        """
+        if not self._unpacks(name):
+            return False
+        container, loop = self.container(name), asyncio.get_running_loop()
+        logins = await self._logins()
+        fetched = False
+
+        def tell() -> None:
+            nonlocal fetched
+            fetched = True
+            loop.call_soon_threadsafe(begins)
+
+        wanted = Pull(
+            container.get("imagePullPolicy") or "IfNotPresent",
+            registries(self.node.registries),
+            logins.get,
+            dial,
+            tell,
+        )
+        self._images[name] = await asyncio.to_thread(self.node.images.ensure, container["image"], wanted)
+        return fetched
+
+    async def _logins(self) -> dict[str, Credentials]:
+        """What the pod's imagePullSecrets, or its account's, say of registries, by host. Raises ApiError."""
+        metadata, spec = self.pod["metadata"], self.pod["spec"]
+        named = list(spec.get("imagePullSecrets") or [])
+        if not named:
+            with contextlib.suppress(ApiError):
+                account = spec.get("serviceAccountName") or "default"
+                found = await self.node.client.get(SERVICE_ACCOUNTS, account, metadata["namespace"])
+                named = list(found.get("imagePullSecrets") or [])
+        logins: dict[str, Credentials] = {}
+        for reference in named:
+            with contextlib.suppress(ApiError):  # as the kubelet: what is not there is no credential
+                secret = await self.node.client.get(SECRETS, reference["name"], metadata["namespace"])
+                logins |= credentials(secret)
+        return logins
+
     # Containers.
 
     async def start(self, sandbox: Sandbox, name: str, attempt: int, crashes: int) -> Started:
         """Start an attempt. Raises UnknownImage, ConfigError, VolumeError, SandboxError."""
-        image_program = images.resolve(self.container(name), self.node.image_mapping)
+        image = await self.image(name)
+        bare = self.container(name)
+        if image is None:
+            image_program = images.resolve(bare, self.node.image_mapping)
+        else:
+            own = {"command": bool(bare.get("command")), "args": bool(bare.get("args"))}
+            image_program = image.config.program(**own)
         pod = await self.prepared()
         container = self.container(name, pod)
-        env = await self._environment(pod, container)
+        env = await self._environment(pod, container, image)
         mounts = self.volumes.mounts(pod, container, env)
         around = await asyncio.to_thread(self._surroundings, pod, container, attempt, mounts)
-        wanted = program(pod, container, image_program, env, self.node.machine, around)
+        wanted = program(pod, container, image_program, env, self.node.machine, around, image)
         await sandbox.start(name, attempt, wanted, {"crashes": crashes})
-        who = identity(pod, security(pod, container), self.node.machine)
-        return Started(
-            "file://" + (shutil.which(wanted.argv[0], path=env.get("PATH")) or wanted.argv[0]), who.ignored
-        )
+        context, machine = security(pod, container), self.node.machine
+        who = image_identity(pod, context, machine, image)[0] if image else identity(pod, context, machine)
+        found = shutil.which(wanted.argv[0], path=env.get("PATH")) or wanted.argv[0]
+        return Started(image.id if image else f"file://{found}", who.ignored)
 
     def _surroundings(self, pod: Object, container: Object, attempt: int, mounts: list[Mount]) -> Surroundings:
         name = container["name"]
@@ -170,10 +252,11 @@ class Execution:
     ) -> asyncio.Future[int]:
         """Run a command in a running container on our descriptors; its exit code comes later."""
         container = self.container(name)
-        env = await self._environment(self.pod, container)
+        image = await self.image(name)
+        env = await self._environment(self.pod, container, image)
         if tty:
             env = {"TERM": "xterm", **env}
-        wanted = beside(self.pod, container, argv, env, self.node.machine, tty)
+        wanted = beside(self.pod, container, argv, env, self.node.machine, tty, image)
         return await sandbox.execute(name, wanted, stdin, stdout, stderr)
 
     async def run(self, sandbox: Sandbox, name: str, argv: list[str], limit: float) -> tuple[int, str]:
@@ -215,7 +298,8 @@ class Execution:
         with contextlib.suppress(SandboxError):
             if grace > 0 and (why := await self.hook(sandbox, name, "preStop", grace)):
                 failed(why)
-            await sandbox.signal(name, _stop_signal(self.container(name)))
+            image = self._images.get(name)
+            await sandbox.signal(name, _stop_signal(self.container(name), image))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(deadline - loop.time(), 0)):
                     await sandbox.ended(name)
@@ -238,9 +322,13 @@ class Execution:
                 raise
 
 
-def _stop_signal(container: Object) -> int:
-    asked = (container.get("lifecycle") or {}).get("stopSignal") or "SIGTERM"
-    return int(getattr(signal, str(asked), signal.SIGTERM))
+def _stop_signal(container: Object, image: Image | None) -> int:
+    asked = str(
+        (container.get("lifecycle") or {}).get("stopSignal") or (image and image.config.stop_signal) or ""
+    )
+    if asked.isdigit() and 0 < int(asked) < signal.NSIG:
+        return int(asked)
+    return int(getattr(signal, asked if asked.startswith("SIG") else f"SIG{asked}", signal.SIGTERM))
 
 
 class _Capture:

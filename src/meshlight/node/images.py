@@ -14,8 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from meshlight.kube.resources import Object
+from meshlight.node.oci.reference import InvalidReference, RegistryImage, is_file, parse
 
 CONFIG_MAP = "meshlight-images"
+REGISTRIES = "meshlight-registries"
+"""ConfigMap of kube-system that names the registries to pull from: `NAME: HOST [URL]`."""
 
 
 class UnknownImage(Exception):
@@ -51,6 +54,24 @@ def matches(pattern: str, image: str) -> bool:
     return any(fnmatch.fnmatchcase(text, pattern) for text in (image, name, name.rpartition("/")[2]))
 
 
+def is_oci(container: Object, mapping: Mapping[str, str], registries: Mapping[str, object]) -> bool:
+    """Whether a container's image is one to unpack rather than a name for a program of this machine.
+
+    A file always is. A registry's is if the user named the registry, unless a mapping or the table of
+    built-in programs means it. A name that cannot be read is left to `resolve`.
+    """
+    image = container.get("image") or ""
+    if is_file(image):
+        return True
+    try:
+        reference = parse(image)
+    except InvalidReference:
+        return False
+    if not isinstance(reference, RegistryImage) or reference.host not in registries:
+        return False
+    return not any(matches(pattern, image) for pattern in (*mapping, *built_in()))
+
+
 def resolve(container: Object, mapping: Mapping[str, str]) -> list[str]:
     """The program of a container without its `args`; users' mappings win over the table.
 
@@ -74,5 +95,6 @@ def resolve(container: Object, mapping: Mapping[str, str]) -> list[str]:
     raise UnknownImage(
         f'image "{image}" stands for no program of this machine: give the container a command, or map the '
         f"image: kubectl -n kube-system patch configmap {CONFIG_MAP} --type merge "
-        f"""-p '{{"data":{{"{key}":"/path/of/program argument"}}}}'"""
+        f"""-p '{{"data":{{"{key}":"/path/of/program argument"}}}}', or name its registry in ConfigMap """
+        f"kube-system/{REGISTRIES}"
     )

@@ -11,10 +11,13 @@ from pathlib import Path
 
 from meshlight.kube.resources import Object
 from meshlight.node.environment import ConfigError, command_line, expand
+from meshlight.node.oci import accounts
+from meshlight.node.oci.store import Image
 from meshlight.node.resolver import hostname
-from meshlight.node.rootfs import PRIVATE, Machine, dropped_capabilities, plan
+from meshlight.node.rootfs import PRIVATE, Machine, dropped_capabilities, own_plan, plan
 from meshlight.node.runtime import Mount, Program
 
+_DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 API_ADDRESS, API_PORT = "10.96.0.1", "443"
 
 
@@ -56,6 +59,34 @@ def identity(pod: Object, context: Object, machine: Machine) -> Identity:
     return Identity(user, group if group is not None else 0, groups, ignored)
 
 
+def image_identity(pod: Object, context: Object, machine: Machine, image: Image) -> tuple[Identity, str]:
+    """Who a program of an image runs as, and that user's home.
+
+    `runAsUser` wins over the image's user, whose name is looked up in the image. Raises ConfigError.
+    """
+    account = accounts.user(image.config.user, image.file("/etc/passwd"), image.file("/etc/group"))
+    if account is None:
+        raise ConfigError(f"the image runs as {image.config.user!r}, whom its /etc/passwd does not know")
+    asked = context.get("runAsUser")
+    if asked is not None:
+        account = accounts.user(str(asked), image.file("/etc/passwd"), image.file("/etc/group"))
+        assert account is not None
+    if context.get("runAsNonRoot") and account.uid == 0:
+        raise ConfigError("container has runAsNonRoot and image will run as root")
+    shown = {**context, "runAsUser": account.uid}
+    if context.get("runAsGroup") is None:
+        shown["runAsGroup"] = account.gid
+    who = identity(pod, shown, machine)
+    if who.uid is not None:
+        who = Identity(who.uid, who.gid, sorted({*(who.groups or []), *account.groups}), who.ignored)
+    return who, account.home
+
+
+def image_environment(image: Image, home: str) -> dict[str, str]:
+    """Variables that a container of an image has from it."""
+    return {"PATH": _DEFAULT_PATH, "HOME": home, **dict(image.config.environment)}
+
+
 def base_environment(pod: Object, machine: Machine) -> dict[str, str]:
     """Variables that every container has."""
     return {
@@ -87,19 +118,29 @@ class Surroundings:
 
 def program(
     pod: Object, container: Object, image_program: list[str], env: dict[str, str], machine: Machine,
-    around: Surroundings,
+    around: Surroundings, image: Image | None = None,
 ) -> Program:  # fmt: skip
-    """The program of a container."""
+    """The program of a container, of this machine's or of an image. Raises ConfigError."""
     context = security(pod, container)
-    who = identity(pod, context, machine)
     argv = command_line(container, image_program, env)
-    cwd = expand(container.get("workingDir") or "/", env)
+    if image is None:
+        who = identity(pod, context, machine)
+        cwd = expand(container.get("workingDir") or "/", env)
+        mounts = plan(machine, dict(around.files), around.volumes, [*argv, cwd])
+    else:
+        who, _ = image_identity(pod, context, machine, image)
+        cwd = expand(container.get("workingDir") or image.config.working_directory, env)
+        mounts = own_plan(dict(around.files), around.volumes)
+    if not argv:
+        raise ConfigError("no command specified: the image has no entrypoint, give the container a command")
     return Program(
         argv=argv,
         env=env,
         cwd=cwd,
         root=str(around.root),
-        mounts=plan(machine, dict(around.files), around.volumes, [*argv, cwd]),
+        mounts=mounts,
+        layers_folder=str(image.folder) if image else "",
+        layers=image.layers if image else (),
         overlay_options=",userxattr" if machine.in_user_namespace else "",
         private=PRIVATE,
         read_only=bool(context.get("readOnlyRootFilesystem")),
@@ -115,15 +156,17 @@ def program(
 
 
 def beside(
-    pod: Object, container: Object, argv: list[str], env: dict[str, str], machine: Machine, tty: bool
-) -> Program:
+    pod: Object, container: Object, argv: list[str], env: dict[str, str], machine: Machine, tty: bool,
+    image: Image | None = None,
+) -> Program:  # fmt: skip
     """A program that runs beside a running container's, with its environment and no more power."""
     context = security(pod, container)
-    who = identity(pod, context, machine)
+    who = image_identity(pod, context, machine, image)[0] if image else identity(pod, context, machine)
+    home = image.config.working_directory if image else "/"
     return Program(
         argv=argv,
         env=env,
-        cwd=expand(container.get("workingDir") or "/", env),
+        cwd=expand(container.get("workingDir") or home, env),
         drop=dropped_capabilities(context),
         uid=who.uid,
         gid=who.gid,

@@ -106,7 +106,12 @@ def plan(
         for path in machine.hidden
         if not _under(path, PRIVATE) or _under(path, shown)
     ]
-    steps += [
+    return steps + own_plan(files, volumes)
+
+
+def own_plan(files: dict[str, str], volumes: Iterable[Mount]) -> list[Mount]:
+    """The mounts of a container that sees nothing of the machine: devices, `files` by path, `volumes`."""
+    steps = [
         Mount("proc", "", "/proc"),
         Mount("sysfs", "", "/sys"),
         Mount("tmpfs", "", "/dev", "mode=755,size=64k"),

@@ -63,6 +63,9 @@ class Program:
     overlay_options: str = ""
     private: tuple[str, ...] = ()
     """Folders of the machine of which the root shows nothing."""
+    layers_folder: str = ""
+    layers: tuple[str, ...] = ()
+    """Where an image's layers are, and their names there, the topmost first; none for the machine's root."""
     read_only: bool = False
     log: str = ""
     drop: list[int] = field(default_factory=list)

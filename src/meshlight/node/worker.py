@@ -24,6 +24,7 @@ from meshlight.node.events import log
 from meshlight.node.execution import Execution
 from meshlight.node.images import UnknownImage
 from meshlight.node.netns import NetworkError
+from meshlight.node.oci.store import ImageError, ImageNeverPull, InvalidReference
 from meshlight.node.probes import Health, Prober, check
 from meshlight.node.runtime import Sandbox, SandboxError
 from meshlight.node.volumes import VolumeError
@@ -32,7 +33,9 @@ _FIRST_RETRY, _LONGEST_RETRY = 0.5, 30.0
 _UNREACHABLE_RETRY = 0.5
 _DEFAULT_GRACE = 30
 _OVER = ("Succeeded", "Failed")
-_SETUP_REASONS = ("ErrImagePull", "ImagePullBackOff", "CreateContainerConfigError", "ContainerCreating")
+_SETUP_REASONS = (
+    "ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "CreateContainerConfigError", "ContainerCreating",
+)  # fmt: skip
 """Why a container waits for something that others may put right at any moment."""
 
 
@@ -298,8 +301,9 @@ class PodWorker:
                 async with self.node.starts:
                     await self._create_sandbox()
             case lifecycle.Start(name, attempt):
-                async with self.node.starts:
-                    await self._start(name, attempt)
+                if await self._pulled(name):
+                    async with self.node.starts:
+                        await self._start(name, attempt)
             case lifecycle.Stop(name, why):
                 self._stopping[name] = asyncio.create_task(self._stop(name, why))
             case lifecycle.RemoveSandbox():
@@ -357,6 +361,35 @@ class PodWorker:
 
     # Containers.
 
+    async def _pulled(self, name: str) -> bool:
+        """See to the container's image; whether it is there. Others start meanwhile."""
+        state = self.containers.setdefault(name, ContainerState())
+        image = self.execution.container(name).get("image") or ""
+        begun = time.monotonic()
+        try:
+            fetched = await self.execution.pull(
+                name, lambda: self._event("Normal", "Pulling", f'Pulling image "{image}"', name)
+            )
+        except InvalidReference as error:
+            self._refuse(state, name, "InvalidImageName", str(error), f"Error: InvalidImageName: {error}")
+            return False
+        except ImageNeverPull as error:
+            self._refuse(state, name, "ErrImageNeverPull", str(error), f"Error: ErrImageNeverPull: {error}")
+            return False
+        except (ImageError, OSError) as error:
+            self._not_pulled(state, name, image, str(error))
+            return False
+        state.fetched = fetched
+        if fetched:
+            took = f"{time.monotonic() - begun:.3f}s"
+            self._event("Normal", "Pulled", f'Successfully pulled image "{image}" in {took}', name)
+        return True
+
+    def _not_pulled(self, state: ContainerState, name: str, image: str, why: str) -> None:
+        reason = "ImagePullBackOff" if state.failures else "ErrImagePull"
+        message = f'Back-off pulling image "{image}": {why}' if state.failures else why
+        self._refuse(state, name, reason, message, f'Failed to pull image "{image}": {why}')
+
     async def _start(self, name: str, attempt: int) -> None:
         state = self.containers.setdefault(name, ContainerState())
         image = self.execution.container(name).get("image") or ""
@@ -364,8 +397,7 @@ class PodWorker:
         try:
             started = await self.execution.start(self.sandbox, name, attempt, state.crashes)
         except UnknownImage as error:
-            reason = "ImagePullBackOff" if state.failures else "ErrImagePull"
-            self._refuse(state, name, reason, str(error), f'Failed to pull image "{image}": {error}')
+            self._not_pulled(state, name, image, str(error))
             return
         except ConfigError as error:
             self._refuse(state, name, "CreateContainerConfigError", str(error), f"Error: {error}")
@@ -384,7 +416,8 @@ class PodWorker:
             return
         state.clear()
         state.image_id = started.image_id
-        self._event("Normal", "Pulled", f'Container image "{image}" already present on machine', name)
+        if not state.fetched:
+            self._event("Normal", "Pulled", f'Container image "{image}" already present on machine', name)
         self._event("Normal", "Created", f"Created container: {name}", name)
         self._event("Normal", "Started", f"Started container {name}", name)
         if started.ignored:

@@ -17,6 +17,7 @@ from meshlight.kube.client import ApiError, ApiUnreachable, Client
 from meshlight.kube.resources import ENDPOINT_SLICES, EVENTS, NODES, SERVICES, Object, Resource
 from meshlight.node import netns
 from meshlight.uplink import announcement
+from meshlight.uplink.dialer import Dialer
 from meshlight.uplink.listeners import Listeners
 from meshlight.uplink.machine import Machine
 from meshlight.uplink.name_service import NameRelay
@@ -108,6 +109,7 @@ class Uplink:
                     group.create_task(self._follow(resource))
                 group.create_task(self._routes.run())
                 group.create_task(self._listeners.run())
+                group.create_task(Dialer(self._machine).run())  # for nodes; what pods reach is another matter
                 if not self._isolated:
                     group.create_task(NameRelay(self._machine, GATEWAY).run())
         finally:
