@@ -21,6 +21,7 @@ from meshlight.cli.node import node
 from meshlight.cli.policy import policy
 from meshlight.cli.run import run
 from meshlight.cli.status import status
+from meshlight.cli.waypoint import waypoint
 from meshlight.cli.why import why
 from meshlight.cli.ztunnel_config import ztunnel_config
 from meshlight.embedded.control import ControlError
@@ -78,6 +79,7 @@ for verb in (
     expose,
     why,
     policy,
+    waypoint,
     ca,
     analyze,
     proxy_status,

@@ -13,15 +13,13 @@ from typing import Any
 
 from envoy.config.common.matcher.v3 import matcher_pb2  # noqa: F401 - registers what matchers refer to
 from envoy.config.common.mutation_rules.v3 import mutation_rules_pb2
-from envoy.config.core.v3 import address_pb2, base_pb2, substitution_format_string_pb2
+from envoy.config.core.v3 import base_pb2, substitution_format_string_pb2
 from envoy.config.listener.v3 import listener_components_pb2 as parts
 from envoy.config.listener.v3 import listener_pb2
-from envoy.config.rbac.v3 import rbac_pb2
 from envoy.extensions.filters.common.set_filter_state.v3 import value_pb2
 from envoy.extensions.filters.listener.http_inspector.v3 import http_inspector_pb2
 from envoy.extensions.filters.listener.proxy_protocol.v3 import proxy_protocol_pb2
 from envoy.extensions.filters.network.http_connection_manager.v3 import http_connection_manager_pb2 as hcm
-from envoy.extensions.filters.network.rbac.v3 import rbac_pb2 as network_rbac
 from envoy.extensions.filters.network.set_filter_state.v3 import set_filter_state_pb2
 from envoy.extensions.filters.network.tcp_proxy.v3 import tcp_proxy_pb2
 from envoy.extensions.http.early_header_mutation.header_mutation.v3 import header_mutation_pb2
@@ -76,7 +74,8 @@ def waypoint(
     chains += [_chain(name, filters) for name, filters in sorted(tcp.items())]
     listener = listener_pb2.Listener(
         name=names.WAYPOINT_LISTENER,
-        address=wire.socket_address("0.0.0.0", port),
+        # Only the node proxy may hand connections over and say whose they are; it comes over loopback.
+        address=wire.socket_address("127.0.0.1", port),
         listener_filters=[proxy_protocol(), _inspector(destinations)],
         listener_filters_timeout=wire.seconds(INSPECTION_TIMEOUT),
         continue_on_listener_filters_timeout=True,
@@ -144,17 +143,6 @@ def with_access_logs(filters: Iterable[Any], logs: Sequence[Any]) -> list[Any]:
 
 def _chain(name: str, filters: Iterable[Any]) -> Any:
     return parts.FilterChain(name=name, filters=[source(), *filters])
-
-
-def own_address_only(address: str) -> Any:
-    """Refuses connections that did not come from this pod itself: only the node proxy, which speaks
-    for the client that it has authenticated, may send a PROXY protocol header."""
-    own = rbac_pb2.Principal(
-        direct_remote_ip=address_pb2.CidrRange(address_prefix=address, prefix_len=wire.uint32(32))
-    )
-    policy = rbac_pb2.Policy(permissions=[rbac_pb2.Permission(any=True)], principals=[own])
-    rules = rbac_pb2.RBAC(action=rbac_pb2.RBAC.ALLOW, policies={"node-proxy": policy})
-    return network_filter("envoy.filters.network.rbac", network_rbac.RBAC(stat_prefix="peer.", rules=rules))
 
 
 def source() -> Any:
