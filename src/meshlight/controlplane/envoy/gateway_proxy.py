@@ -179,7 +179,7 @@ def _routes(
         hosts.setdefault(state.listener.hostname or "*", [])
     for state in group:
         for route, hostnames in state.routes:
-            placed = route_rules.compile_route(route, known.clusters_for(route.key), port)
+            placed = known.placed(route, port)
             for hostname in hostnames:
                 if _owner(hostname, group) is state:
                     hosts.setdefault(hostname, []).extend(placed)
@@ -195,7 +195,11 @@ def _routes(
 def _owner(hostname: str, group: Iterable[ListenerState]) -> ListenerState | None:
     """The listener that takes requests for a name: the most specific one."""
     covering = [state for state in group if covers(state.listener.hostname, hostname)]
-    return max(covering, key=lambda state: len(state.listener.hostname), default=None)
+    return max(covering, key=lambda state: _specificity(state.listener.hostname), default=None)
+
+
+def _specificity(hostname: str) -> tuple[bool, int]:
+    return hostname[:1] not in ("", "*"), len(hostname)
 
 
 def _connection_chains(state: ListenerState, known: RouteIndex, guards: list[Any], told: Told) -> list[Any]:

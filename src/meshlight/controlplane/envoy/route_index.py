@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from meshlight.controlplane.envoy import http_route, l4_route, names
+from meshlight.controlplane.envoy import http_route, l4_route, names, route_rules, soundness
+from meshlight.controlplane.envoy.route_rules import Placed
 from meshlight.controlplane.envoy.routing import BackendReference, ParentReference, Problem, Route, RouteKey
 from meshlight.controlplane.facts import ObjectKey, Service
 from meshlight.controlplane.settings import Mesh
@@ -53,6 +54,10 @@ class RouteIndex:
         self._by_parent: dict[Parent, set[RouteKey]] = {}
         self._by_service: dict[ObjectKey, set[RouteKey]] = {}
         self._grants: dict[ObjectKey, Grant] = {}
+        self._placed: dict[RouteKey, dict[int, list[Placed]]] = {}
+        self._last_sound: dict[RouteKey, dict[int, list[Placed]]] = {}
+        self._faults: dict[RouteKey, str] = {}
+        self._refusals: dict[RouteKey, str] = {}
 
     # Changes.
 
@@ -63,8 +68,13 @@ class RouteIndex:
         if old == new:
             return Effect()
         effect = Effect(routes={name})
+        self._placed.pop(name, None)
+        self._refusals.pop(name, None)  # of what it said before
         if old is not None:
             del self.routes[name]
+            if new is None:
+                self._last_sound.pop(name, None)
+                self._faults.pop(name, None)
             self._relate(old, effect, add=False)
         if new is not None:
             self.routes[name] = new
@@ -112,10 +122,33 @@ class RouteIndex:
         effect = Effect()
         for key in keys:
             effect.routes.add(key)
+            self._placed.pop(key, None)
             effect.parents.update((parent.kind, parent.key) for parent in self.routes[key].parents)
         return effect
 
+    def set_refusals(self, keys: Iterable[RouteKey], message: str) -> set[RouteKey]:
+        """Note that a proxy refused what was made of routes; returns those for whom that is news."""
+        fresh = {key for key in keys if key in self.routes and self._refusals.get(key) != message}
+        self._refusals.update(dict.fromkeys(fresh, message))
+        return fresh
+
     # Questions.
+
+    def placed(self, route: Route, port: int = 0) -> list[Placed]:
+        """A route compiled, for a listener's port where redirects need it. One that Envoy would refuse does
+        what it did while it was sound."""
+        by_port = self._placed.setdefault(route.key, {})
+        if port not in by_port:
+            made = route_rules.compile_route(route, self.clusters_for(route.key), port)
+            fault = next((what for one in made if (what := soundness.fault(one.route))), None)
+            if fault is None:
+                self._faults.pop(route.key, None)
+                self._last_sound.setdefault(route.key, {})[port] = made
+            else:
+                self._faults[route.key] = fault
+                made = self._last_sound.get(route.key, {}).get(port, [])
+            by_port[port] = made
+        return by_port[port]
 
     def attached(self, parent: Parent) -> list[Route]:
         """The routes that name a parent, oldest first."""
@@ -162,6 +195,10 @@ class RouteIndex:
     def problems(self, route: Route) -> list[Problem]:
         """Everything of a route that cannot be done as it says, apart from its attachment."""
         found = list(route.problems)
+        if fault := self._faults.get(route.key):
+            found.append(Problem("UnsupportedValue", f"not given to proxies, which would refuse {fault}"))
+        if refusal := self._refusals.get(route.key):
+            found.append(Problem("UnsupportedValue", f"refused by a proxy, which goes on as before: {refusal}"))
         for reference in route.references():
             outcome = self.resolve(route.key, reference)
             if isinstance(outcome, Problem):

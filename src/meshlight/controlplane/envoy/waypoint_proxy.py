@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,10 +138,8 @@ def _http(known: RouteIndex, attached: list[Route], cluster: str) -> list[Any]:
     """A service's routes. One that has any answers 404 to what they do not match."""
     if not attached:
         return [routes.default(cluster)]
-    placed = [
-        one for route in attached for one in route_rules.compile_route(route, known.clusters_for(route.key))
-    ]
-    return route_rules.in_order(placed)
+    placed = [one for route in attached for one in known.placed(route)]
+    return [copy.deepcopy(one) for one in route_rules.in_order(placed)]
 
 
 def _tcp(known: RouteIndex, cluster: str, attached: list[Route]) -> Any:

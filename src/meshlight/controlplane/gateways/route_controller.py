@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import datetime
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from meshlight.controlplane.discovery import Discovery
+from meshlight.controlplane.discovery import Connection, Discovery
 from meshlight.controlplane.envoy.gateway_api import attach
 from meshlight.controlplane.envoy.http_route import GATEWAY_GROUP
+from meshlight.controlplane.envoy.route_rules import ROUTE_METADATA
 from meshlight.controlplane.envoy.routing import ParentReference, Problem, Route, RouteKey
 from meshlight.controlplane.gateways import route_status
 from meshlight.controlplane.gateways.classes import CLASSES
 from meshlight.controlplane.gateways.route_status import Outcome
 from meshlight.controlplane.gateways.work import Work
+from meshlight.controlplane.xds import Rejection
 from meshlight.kube.client import Cache, Client
 from meshlight.kube.resources import GRPC_ROUTES, HTTP_ROUTES, TCP_ROUTES, TLS_ROUTES
 
@@ -29,15 +31,28 @@ class RouteStatusWriter:
         self._client, self._caches, self._discovery = client, caches, discovery
         self._work: Work[RouteKey] = Work(self._write)
         discovery.on_commit(self._committed)
+        discovery.on_verdict(self._refused)
 
     def _committed(self) -> None:
         due, self._discovery.envoy.routes_to_report = self._discovery.envoy.routes_to_report, set()
         for key in due:
             self._work.add(key)
 
+    def _refused(self, connection: Connection, rejection: Rejection | None) -> None:
+        """A proxy refused resources: it goes on with what it has, and the routes in them are told."""
+        gateway = connection.session.proxy.gateway
+        if rejection is None or gateway is None:
+            return
+        collections = self._discovery.envoy.proxy(gateway).collections
+        held = [collections[rejection.type_url].get(name) for name in rejection.names]
+        suspects = routes_in(resource.message for resource in held if resource is not None)
+        named = {key for key in suspects if str(key) in rejection.message}
+        for key in self._discovery.envoy.routes.set_refusals(named or suspects, rejection.message):
+            self._work.add(key)
+
     async def run(self) -> None:
         """Work until cancelled."""
-        await asyncio.gather(self._discovery.synced.wait())
+        await self._discovery.synced.wait()
         await self._work.run()
 
     async def _write(self, key: RouteKey) -> None:
@@ -77,3 +92,23 @@ class RouteStatusWriter:
             message = "a waypoint follows only routes of its Service's own namespace"
             return Problem("NotAllowedByListeners", message)
         return None
+
+
+def routes_in(messages: Iterable[Any]) -> set[RouteKey]:
+    """The route objects that resources (RouteConfigurations, scoped or not) were made of."""
+    found = set()
+    for message in messages:
+        configuration = getattr(message, "route_configuration", message)
+        for host in getattr(configuration, "virtual_hosts", ()):
+            for route in host.routes:
+                name = route.metadata.filter_metadata[ROUTE_METADATA]["name"] if _named(route) else ""
+                kind, _, rest = str(name).partition("/")
+                namespace, _, own = rest.partition("/")
+                if own:
+                    found.add(RouteKey(kind, namespace, own))
+    return found
+
+
+def _named(route: Any) -> bool:
+    metadata = route.metadata.filter_metadata
+    return ROUTE_METADATA in metadata and "name" in metadata[ROUTE_METADATA]
