@@ -139,7 +139,7 @@ class _Reader:
 
     def _regex(self, pattern: str, where: str) -> TextMatch:
         if fault := patterns.fault(pattern):
-            self._problems.append(Problem("UnsupportedValue", f"{where}: {pattern!r}: {fault}"))
+            self._problems.append(Problem("UnsupportedValue", f"{where}: {fault}"))
             return TextMatch(Comparison.REGEX, patterns.NEVER)
         return TextMatch(Comparison.REGEX, pattern)
 
