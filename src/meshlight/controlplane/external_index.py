@@ -47,7 +47,7 @@ class ExternalIndex:
     # Observation: note what may differ.
 
     def set_service_entry(self, key: ObjectKey, obj: Object | None) -> list[Selection]:
-        """Take a ServiceEntry; answers with the pods whose memberships may differ."""
+        """Take a ServiceEntry; answers with selections of pods whose memberships may differ."""
         new = None if obj is None else external.service_entry(obj)
         labels = None if new is None else dict(new.labels)
         rebound = self._waypoints.set_entry(key, labels)
@@ -57,14 +57,9 @@ class ExternalIndex:
                 self._touched_entries.add(key)
             return []
         self._touched_entries.add(key)
-        selections = []
-        for entry in (old, new):
-            if entry is None:
-                continue
-            for host in entry.hosts:
-                self._touched_entries |= self._claims[host]
-            if entry.selector:
-                selections.append(Selection(key.namespace, entry.selector))
+        selections = [Selection(key.namespace, e.selector) for e in (old, new) if e is not None and e.selector]
+        for host in {host for entry in (old, new) if entry is not None for host in entry.hosts}:
+            selections += self._touch_claimants(host)
         if old is not None:
             del self._entries[key]
             self._entries_by_namespace.discard(key.namespace, key)
@@ -77,10 +72,9 @@ class ExternalIndex:
             if new.selector:
                 self._selecting.add(key.namespace, key)
             for host in new.hosts:
-                self._touched_entries |= self._claims[host]
                 self._claims.add(host, key)
         for selection in selections:
-            self._touch_workloads(key.namespace, selection.labels)
+            self._touch_workloads(selection.namespace or "", selection.labels)
         return selections
 
     def set_workload_entry(self, key: ObjectKey, obj: Object | None) -> None:
@@ -96,15 +90,23 @@ class ExternalIndex:
             self._workloads_by_namespace.add(key.namespace, key)
         self._touched_workloads.add(key)
 
-    def set_service(self, key: ObjectKey, new: Service | None) -> None:
-        """Take a Service: it may select WorkloadEntries, and owns its host name."""
+    def _touch_claimants(self, host: str) -> list[Selection]:
+        """Compile anew who claims a host, one of whom may lose or win it, and whom they select."""
+        self._touched_entries |= self._claims[host]
+        entries = (self._entries[key] for key in self._claims[host])
+        return [Selection(entry.key.namespace, entry.selector) for entry in entries if entry.selector]
+
+    def set_service(self, key: ObjectKey, new: Service | None) -> list[Selection]:
+        """Take a Service: it may select WorkloadEntries, and owns its host name.
+
+        Answers with selections of pods whose memberships of ServiceEntries may differ.
+        """
         old = self._services.get(key)
         host = self._mesh.hostname(key.name, key.namespace)
         for service in (old, new):
             if service is not None and service.selector:
                 self._touch_workloads(key.namespace, service.selector)
-        if (old is None) != (new is None):
-            self._touched_entries |= self._claims[host]
+        selections = self._touch_claimants(host) if (old is None) != (new is None) else []
         if new is None:
             self._services.pop(key, None)
             self._services_by_namespace.discard(key.namespace, key)
@@ -113,6 +115,9 @@ class ExternalIndex:
             self._services[key] = new
             self._services_by_namespace.add(key.namespace, key)
             self._service_hosts.add(host)
+        for selection in selections:
+            self._touch_workloads(selection.namespace or "", selection.labels)
+        return selections
 
     def set_namespace(self, name: str, distribution: str) -> None:
         """Take a namespace's default traffic distribution."""
@@ -124,6 +129,12 @@ class ExternalIndex:
         """Compile anew what a namespace has."""
         self._touched_entries |= self._entries_by_namespace[name]
         self._touched_workloads |= self._workloads_by_namespace[name]
+
+    def touch_unknown(self) -> None:
+        """Compile anew what is in namespaces that the policies have not heard of."""
+        for space in self._namespaces():
+            if not self._policies.knows(space):
+                self.touch_namespace(space)
 
     def touch(self, touched: Touched) -> None:
         """Compile anew entries that wish for a waypoint."""

@@ -213,7 +213,7 @@ class Index:
             self._services[key] = new
             self._services_by_namespace.add(key.namespace, key)
         self._touched_services.add(key)
-        self.external.set_service(key, new)
+        self._touch_pods(self.external.set_service(key, new))
         if old is None or new is None or old.ports != new.ports:
             for slice_key in self._slices_by_service[key]:
                 self._touch_members(self._slices[slice_key])
@@ -254,10 +254,13 @@ class Index:
             for space in self._pods_by_namespace.names():
                 if not self.policies.knows(space):
                     self._touched_pods |= self._pods_by_namespace[space]
-                    self.external.touch_namespace(space)
+            self.external.touch_unknown()
 
     def _service_entry(self, key: ObjectKey, obj: Object | None) -> None:
-        for selection in self.external.set_service_entry(key, obj):
+        self._touch_pods(self.external.set_service_entry(key, obj))
+
+    def _touch_pods(self, selections: Iterable[Selection]) -> None:
+        for selection in selections:
             self._touched_pods.update(self._selected(selection))
 
     def _selected(self, selection: Selection) -> Iterator[ObjectKey]:
