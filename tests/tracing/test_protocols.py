@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import struct
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import grpc
-from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
-from opentelemetry.exporter.otlp.proto.http import Compression
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
-from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.trace import Link, SpanKind, Status, StatusCode
-from tracing_server import Server
 
 from meshlight.proto import jaeger_pb2, zipkin_pb2
+from tracing.tracing_server import Server
 
 
 def trace(server: Server, identity: str) -> Any:
@@ -34,20 +31,15 @@ def tags(span: Any) -> dict[str, Any]:
     return {tag["key"]: tag["value"] for tag in span["tags"]}
 
 
-def exported(exporter: Any, service: str) -> str:
+def exported(sdk: Path, protocol: str, endpoint: str, service: str) -> str:
     """A small trace by the official SDK; returns its id."""
-    provider = TracerProvider(resource=Resource.create({"service.name": service, "host.name": "h1"}))
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    tracer = provider.get_tracer("shop", "1.2", attributes={"scope.tag": "s"})
-    with tracer.start_as_current_span("GET /cart", kind=SpanKind.SERVER) as root:
-        root.set_attributes({"http.response.status_code": 500, "ratio": 0.5, "ok": False, "list": ["a", "b"]})
-        root.add_event("retry", {"attempt": 2})
-        root.set_status(Status(StatusCode.ERROR, "out of stock"))
-        other = root.get_span_context()
-        with tracer.start_as_current_span("SELECT", kind=SpanKind.CLIENT, links=[Link(other, {"why": "test"})]):
-            pass
-    provider.shutdown()
-    return f"{root.get_span_context().trace_id:032x}"
+    # -S: without the environment's own packages.
+    script = str(Path(__file__).with_name("sdk_sender.py"))
+    sender = [sys.executable, "-S", script, protocol, endpoint, service]
+    environment = os.environ | {"PYTHONPATH": str(sdk)}
+    sent = subprocess.run(sender, env=environment, capture_output=True, text=True, timeout=120)
+    assert sent.returncode == 0 and not sent.stderr, sent.stderr
+    return sent.stdout.strip()
 
 
 def check_exported(server: Server, identity: str, service: str) -> None:
@@ -69,16 +61,14 @@ def check_exported(server: Server, identity: str, service: str) -> None:
     assert abs(root["startTime"] / 1e6 - time.time()) < 120
 
 
-def test_the_sdk_over_grpc_with_gzip(server: Server) -> None:
-    exporter = GrpcExporter(
-        f"127.0.0.1:{server.ports['otlp-grpc']}", insecure=True, compression=grpc.Compression.Gzip
-    )
-    check_exported(server, exported(exporter, "grpc-shop"), "grpc-shop")
+def test_the_sdk_over_grpc_with_gzip(server: Server, sdk: Path) -> None:
+    endpoint = f"127.0.0.1:{server.ports['otlp-grpc']}"
+    check_exported(server, exported(sdk, "grpc", endpoint, "grpc-shop"), "grpc-shop")
 
 
-def test_the_sdk_over_http_with_gzip(server: Server) -> None:
-    exporter = HttpExporter(server.url("otlp-http", "/v1/traces"), compression=Compression.Gzip)
-    check_exported(server, exported(exporter, "http-shop"), "http-shop")
+def test_the_sdk_over_http_with_gzip(server: Server, sdk: Path) -> None:
+    endpoint = server.url("otlp-http", "/v1/traces")
+    check_exported(server, exported(sdk, "http", endpoint, "http-shop"), "http-shop")
 
 
 def otlp_json(identity: str, **fields: Any) -> dict[str, Any]:

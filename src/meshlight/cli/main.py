@@ -16,11 +16,14 @@ from meshlight.cli.cluster import down, kubeconfig, list_, up
 from meshlight.cli.completion import completion
 from meshlight.cli.env import env, shell
 from meshlight.cli.expose import expose
+from meshlight.cli.flows import flows
 from meshlight.cli.istioctl import proxy_status, verify_install, version
 from meshlight.cli.node import node
 from meshlight.cli.policy import policy
 from meshlight.cli.run import run
 from meshlight.cli.status import status
+from meshlight.cli.traces import traces
+from meshlight.cli.tracing import tracing
 from meshlight.cli.waypoint import waypoint
 from meshlight.cli.why import why
 from meshlight.cli.ztunnel_config import ztunnel_config
@@ -82,6 +85,9 @@ for verb in (
     waypoint,
     ca,
     analyze,
+    traces,
+    flows,
+    tracing,
     proxy_status,
     ztunnel_config,
     verify_install,

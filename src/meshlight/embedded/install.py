@@ -19,7 +19,7 @@ from meshlight.kube.resources import CUSTOM_RESOURCE_DEFINITIONS, NAMESPACES, NO
 
 MANIFESTS = (
     "istio-crds.yaml", "gateway-api-crds.yaml", "flux-crds.yaml", "prometheus-crds.yaml", "cilium-crds.yaml",
-    "system.yaml", "network.yaml", "coredns.yaml", "istiod.yaml", "ztunnel.yaml",
+    "system.yaml", "network.yaml", "coredns.yaml", "istiod.yaml", "ztunnel.yaml", "jaeger.yaml",
 )  # fmt: skip
 COMPLETE = "meshlight.io/installed"
 """Annotation of namespace kube-system once everything is in."""

@@ -7,6 +7,7 @@ an embedded and on a real cluster (Kubernetes 1.31 and later), and needs no way 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import aiohttp
 
@@ -17,6 +18,7 @@ from meshlight.kube.resources import PODS
 PROTOCOL = "SPDY/3.1+portforward.k8s.io"
 _ERRORS, _CONTENT = 1, 3
 _LIMIT = 256 << 20
+_PIECE = 32 << 10
 _NAMES = {_ERRORS: "error", _CONTENT: "data"}
 
 
@@ -62,12 +64,26 @@ async def fetch(
 
 
 async def _exchange(client: Client, path: str, port: int, request: bytes) -> bytes:
-    session, received = spdy.Session(), bytearray()
+    received = bytearray()
+    async for content in stream(client, path, port, request):
+        received += content
+        if len(received) > _LIMIT:
+            raise ForwardError(f"the page is over {_LIMIT >> 20} MiB")
+    return bytes(received)
+
+
+async def stream(client: Client, path: str, port: int, request: bytes) -> AsyncIterator[bytes]:
+    """What comes back of a request to a port of a pod, as it comes; `path` is the pod's portforward path.
+
+    Raises ForwardError when the port refuses.
+    """
+    session = spdy.Session()
     async with client.websocket(path, PROTOCOL) as socket:
-        for stream, kind in _NAMES.items():
+        for number, kind in _NAMES.items():
             headers = {"streamtype": kind, "port": str(port), "requestid": "0"}
-            await socket.send_bytes(session.open(stream, headers, fin=stream == _ERRORS))
-        await socket.send_bytes(spdy.data(_CONTENT, request))
+            await socket.send_bytes(session.open(number, headers, fin=number == _ERRORS))
+        for at in range(0, len(request), _PIECE):
+            await socket.send_bytes(spdy.data(_CONTENT, request[at : at + _PIECE]))
         async for message in socket:
             if message.type is not aiohttp.WSMsgType.BINARY:
                 continue
@@ -79,9 +95,6 @@ async def _exchange(client: Client, path: str, port: int, request: bytes) -> byt
                 elif frame.kind == 0 and frame.stream == _ERRORS and frame.payload:
                     raise ForwardError(frame.payload.decode(errors="replace").strip())
                 elif frame.kind == 0 and frame.stream == _CONTENT:
-                    received += frame.payload
-                    if len(received) > _LIMIT:
-                        raise ForwardError(f"the page is over {_LIMIT >> 20} MiB")
+                    yield frame.payload
                     if frame.flags & spdy.FIN:
-                        return bytes(received)
-    return bytes(received)
+                        return

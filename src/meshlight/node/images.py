@@ -37,6 +37,7 @@ def built_in() -> dict[str, list[str]]:
         "*istio/pilot*": [sys.executable, "-m", "meshlight.controlplane"],
         "*istio/ztunnel*": [ztunnel()],
         "*istio/proxyv2*": [sys.executable, "-m", "meshlight.controlplane.gateways.proxy"],
+        "*jaegertracing/*": [sys.executable, "-m", "meshlight.tracing"],
         "*coredns*": [sys.executable, "-m", "meshlight.controllers.dns"],
     }
 

@@ -20,6 +20,7 @@ from meshlight.tracing.intake import MAX_BODY, Intake, Refused, TooLarge
 from meshlight.tracing.model import KIND_NAMES, Trace
 from meshlight.tracing.query import Traces, parse_trace_id
 from meshlight.tracing.rows import varint
+from meshlight.tracing.storage import StoreAway
 from meshlight.tracing.store.search import KINDS, Query
 
 CHUNK = 500
@@ -33,11 +34,33 @@ def services(methods: dict[str, Unary], streams: dict[str, Streamed] | None = No
     by_service: dict[str, dict[str, Any]] = {}
     for name, unary in methods.items():
         service, _, method = name.partition("/")
-        by_service.setdefault(service, {})[method] = grpc.unary_unary_rpc_method_handler(unary)
+        by_service.setdefault(service, {})[method] = grpc.unary_unary_rpc_method_handler(_reachable(unary))
     for name, stream in (streams or {}).items():
         service, _, method = name.partition("/")
-        by_service.setdefault(service, {})[method] = grpc.unary_stream_rpc_method_handler(stream)
+        by_service.setdefault(service, {})[method] = grpc.unary_stream_rpc_method_handler(_streamed(stream))
     return [grpc.method_handlers_generic_handler(service, found) for service, found in by_service.items()]
+
+
+def _reachable(method: Unary) -> Unary:
+    async def call(body: bytes, context: Any) -> bytes:
+        try:
+            return await method(body, context)
+        except StoreAway as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+            raise
+
+    return call
+
+
+def _streamed(method: Streamed) -> Streamed:
+    async def call(body: bytes, context: Any) -> AsyncIterator[bytes]:
+        try:
+            async for message in method(body, context):
+                yield message
+        except StoreAway as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+
+    return call
 
 
 async def listen(address: str, handlers: Sequence[Any]) -> grpc.aio.Server:

@@ -17,6 +17,7 @@ from meshlight.tracing.measures import Measures
 from meshlight.tracing.model import KIND_NAMES, Trace, by_trace
 from meshlight.tracing.query import BadQuery, Traces, number, parse_query, parse_trace_id
 from meshlight.tracing.rows import span
+from meshlight.tracing.storage import StoreAway
 from meshlight.tracing.store.search import KINDS
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -45,6 +46,8 @@ def measured(measures: Measures, operation: str, handler: Handler) -> Handler:
         except BadQuery as error:
             result = "ok"
             return refusal(400, str(error))
+        except StoreAway as error:
+            return refusal(503, str(error))
         finally:
             measures.queries.labels(operation, result).inc()
             measures.latency.labels(operation, result).observe(time.perf_counter() - began)

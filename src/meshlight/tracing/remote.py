@@ -22,15 +22,11 @@ from meshlight.tracing import otlp
 from meshlight.tracing.internal_api import frames, query_json
 from meshlight.tracing.model import NO_TRACE, LogRecord, Trace
 from meshlight.tracing.rows import Row, log_record, span
-from meshlight.tracing.storage import Operation
+from meshlight.tracing.storage import Operation, StoreAway
 from meshlight.tracing.store.collection import Busy
 from meshlight.tracing.store.log import Payload
 from meshlight.tracing.store.search import Query
 from meshlight.tracing.store.series import CLASSES, Bucket
-
-
-class StoreAway(OSError):
-    """A store of the cluster did not answer; the message names it."""
 
 
 class Cluster:

@@ -136,15 +136,15 @@ class Server:
         ):  # fmt: skip
             if ports[name]:
                 self._servers.append(
-                    await grpc_services.listen(f"{self.settings.host}:{ports[name]}", handlers)
+                    await grpc_services.listen(f"{self.settings.host or '[::]'}:{ports[name]}", handlers)
                 )
 
     async def _site(self, app: web.Application, port: int) -> None:
         # Bodies are unpacked by intake.unpacked, which bounds them.
-        runner = web.AppRunner(app, access_log=None, auto_decompress=False)
+        runner = web.AppRunner(app, access_log=None, auto_decompress=False, shutdown_timeout=2)
         await runner.setup()
         self._runners.append(runner)
-        await web.TCPSite(runner, self.settings.host, port, shutdown_timeout=2).start()
+        await web.TCPSite(runner, self.settings.host or None, port).start()
 
     async def _stop(self) -> None:
         self.ready = False

@@ -36,7 +36,8 @@ class Settings:
     peers: tuple[str, ...] = ()
     max_traces: int = 0
     retention: Retention = field(default_factory=Retention)
-    host: str = "0.0.0.0"
+    host: str = ""
+    """Empty: every address of both families."""
     ports: dict[str, int] = field(default_factory=lambda: dict(PORTS))
     sampling_file: Path | None = None
     sampling_rate: float = 1.0
@@ -75,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-size", default="10Gi", help="size beyond which the oldest are dropped (0: none)")
     tail = "over the size, first thin old traces: errors and the slowest stay, and this share of the rest"
     add("--keep-tail", type=float, default=0.0, metavar="SHARE", help=tail)
-    add("--host", default="0.0.0.0", help="address to listen on")
+    add("--host", default="", help="address to listen on  [every one of both families]")
     names = f"another port, 0 for off; names: {', '.join(PORTS)}"
     add("--port", action="append", default=[], metavar="NAME=PORT", help=names)
     add("--sampling.strategies-file", dest="sampling_file", default="", help="what clients are told to sample")

@@ -32,6 +32,10 @@ Operation = tuple[str, str, int]
 """Service, operation, kind."""
 
 
+class StoreAway(OSError):
+    """A store that is asked elsewhere did not answer; the message names it."""
+
+
 class TraceStore(Protocol):
     """What receivers give and query APIs ask."""
 

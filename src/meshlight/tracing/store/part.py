@@ -63,6 +63,7 @@ class Part:
         self.number = number
         self.path = content if isinstance(content, Path) else None
         self._cache = cache
+        self._checked: set[str] = set()
         if isinstance(content, Path):
             with content.open("rb") as file:
                 try:
@@ -127,6 +128,7 @@ class Part:
 
     def _view(self, block: str, kind: str) -> Array:
         """An uncompressed block, seen in place; checked once."""
+        self._check(block)
         offset, length, _ = self._places[block][0]
         return np.frombuffer(self._bytes, kind, length // np.dtype(kind).itemsize, offset)
 
@@ -203,8 +205,15 @@ class Part:
         base = total[resets] - steps[resets]
         return total - np.repeat(base, np.diff(resets, append=len(steps))) + self._base
 
+    def _check(self, block: str) -> None:
+        """Compare the checksum of a block that is read in place, once."""
+        if block not in self._checked:
+            self.raw(block)
+            self._checked.add(block)
+
     def find(self, wanted: bytes) -> tuple[int, int] | None:
         """First and end position of a trace's records."""
+        self._check("trace")
         place, length, _ = self._places["trace"][0]
         low, high = 0, length // 16
         content = self._bytes
@@ -226,6 +235,7 @@ class Part:
 
     def trace_ids(self, positions: Array) -> list[bytes]:
         """Trace ids of records."""
+        self._check("trace")
         place, _, _ = self._places["trace"][0]
         traces = (np.searchsorted(self.first, positions, side="right") - 1).tolist()
         return [self._bytes[place + t * 16 : place + t * 16 + 16] for t in traces]
@@ -308,18 +318,18 @@ class Part:
         """Positions of the records with a key, value, event or body that contains some bytes."""
         found = []
         for number, key in enumerate(self.keys):
-            everything = needle in key.lower()
+            everything = holds(needle, key)
             codes = [
                 code + i
                 for code, values in self.value_chunks(number)
-                if everything or needle in b"\0".join(values).lower()
+                if everything or holds(needle, b"\0".join(values))
                 for i, encoded in enumerate(values)
-                if everything or needle in (encoded if encoded[:1] == b"\x0a" else _text(encoded)).lower()
+                if everything or holds(needle, encoded if encoded[:1] == b"\x0a" else _text(encoded))
             ]
             if codes:
                 found.append(self.positions_of(number, np.array(codes)))
         rows, extras = self.extras
-        found.append(np.array([r for r, e in zip(rows, extras, strict=True) if needle in e.lower()], np.int64))
+        found.append(np.array([r for r, e in zip(rows, extras, strict=True) if holds(needle, e)], np.int64))
         return np.unique(np.concatenate(found))
 
     @property
@@ -348,6 +358,13 @@ class Part:
     def close(self) -> None:
         """Give the file back; nothing may read this part any more."""
         self._cache.forget(self.number)
+
+
+def holds(needle: bytes, content: bytes) -> bool:
+    """Whether some bytes are within others, without regard to case; `needle` is lower-case UTF-8."""
+    if needle.isascii():
+        return needle in content.lower()
+    return needle in content.decode("utf-8", "replace").lower().encode()
 
 
 def _form(encoded: bytes) -> Form:

@@ -17,6 +17,7 @@ from meshlight.tracing.model import StatusCode, text
 from meshlight.tracing.rows import Form, Origin, Row, resource_of, split, value_of
 from meshlight.tracing.store import columns as columns_
 from meshlight.tracing.store.columns import Columns
+from meshlight.tracing.store.part import holds
 
 Array = NDArray[Any]
 
@@ -108,7 +109,7 @@ class Recent:
         """Positions of the records with a key, value, event or body that contains some bytes."""
         found = self._having([code for code, pair in enumerate(self._columns.pairs) if _within(needle, pair)])
         extras = zip(self._columns.extra_rows.tolist(), self._columns.extras, strict=True)
-        more = np.array([row for row, extra in extras if needle in extra.lower()], np.int64)
+        more = np.array([row for row, extra in extras if holds(needle, extra)], np.int64)
         return np.unique(np.concatenate((found, more)))
 
     def trace_ids(self, positions: Array) -> list[bytes]:
@@ -132,10 +133,12 @@ class Recent:
 
 
 def _within(needle: bytes, pair: bytes) -> bool:
-    if needle in pair.lower():
+    if holds(needle, pair):
         return True
     encoded = split(pair)[1]
-    return encoded[:1] not in (b"\x0a", b"") and needle in text(value_of(encoded)).encode().lower()
+    return encoded[:1] not in (b"\x0a", b"") and holds(
+        needle, text(value_of(encoded)).encode("utf-8", "replace")
+    )
 
 
 def match(source: Source, query: Query) -> Array:
@@ -264,7 +267,7 @@ KINDS = {"internal": 1, "server": 2, "client": 3, "producer": 4, "consumer": 5}
 def _text(source: Source, wanted: str) -> Array:
     needle = wanted.lower().encode("utf-8", "replace")
     found = [source.containing(needle)]
-    flags = [needle in name.lower() for name in source.names]
+    flags = [holds(needle, name) for name in source.names]
     if any(flags):
         found.append(np.flatnonzero(_chosen(flags, source.column("name"))))
     flags = [
