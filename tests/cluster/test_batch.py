@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from conftest import Cluster, pod, wait_until
+from clusters import Cluster, pod, wait_until
 from test_rollouts import deployment, reasons
 
 

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from conftest import Cluster, pod, service, wait_until
+from clusters import Cluster, pod, service, wait_until
 
 pytestmark = pytest.mark.xdist_group("services")
 

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from conftest import Cluster, pod, wait_until
+from clusters import Cluster, pod, wait_until
 
 from meshlight.node.cgroups import leftovers
 
@@ -134,7 +134,7 @@ RUNNER = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from conftest import Cluster
+from clusters import Cluster
 from test_durability import limited
 made = Cluster("killed", Path(sys.argv[2]))
 made.meshlight("up", "--name", "killed", "--nodes", "1", timeout=180)

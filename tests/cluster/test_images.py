@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cluster, wait_until
+from clusters import Cluster, wait_until
 from images import Registry, build
 
 pytestmark = pytest.mark.xdist_group("cluster")

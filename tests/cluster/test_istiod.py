@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cluster, pod, service, wait_until
+from clusters import Cluster, pod, service, wait_until
 
 PROGRAMS = str(Path(__file__).with_name("programs.py"))
 pytestmark = pytest.mark.xdist_group("cluster")

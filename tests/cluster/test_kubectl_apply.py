@@ -8,7 +8,7 @@ import subprocess
 from typing import Any
 
 import pytest
-from conftest import Cluster, wait_until
+from clusters import Cluster, wait_until
 
 pytestmark = pytest.mark.xdist_group("cluster")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import Cluster, pod, service, wait_until
+from clusters import Cluster, pod, service, wait_until
 
 pytestmark = pytest.mark.xdist_group("services")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cluster, service, wait_until
+from clusters import Cluster, service, wait_until
 from test_durability import machine, processes
 
 pytestmark = pytest.mark.xdist_group("failing")

@@ -6,7 +6,7 @@ import json
 import sys
 from typing import Any
 
-from conftest import Cluster, pod, wait_until
+from clusters import Cluster, pod, wait_until
 
 
 def shell(name: str, namespace: str, script: str, **spec: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import MESHLIGHT, Cluster, pod, wait_until
+from clusters import MESHLIGHT, Cluster, pod, wait_until
 from test_durability import machine, processes
 
 pytestmark = pytest.mark.xdist_group("cluster")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from conftest import Cluster, pod, wait_until
+from clusters import Cluster, pod, wait_until
 
 
 def deployment(name: str, namespace: str, replicas: int, **spec: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Cluster, pod, service, wait_until
+from clusters import Cluster, pod, service, wait_until
 from images import build
 from test_durability import machine
 

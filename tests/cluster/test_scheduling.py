@@ -6,7 +6,7 @@ import json
 import sys
 from typing import Any
 
-from conftest import Cluster, pod, wait_until
+from clusters import Cluster, pod, wait_until
 from test_pod_runtime import events, main_state, shell, status, until_phase
 from test_rollouts import deployment
 

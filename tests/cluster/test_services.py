@@ -8,7 +8,7 @@ import urllib.request
 from typing import Any
 
 import pytest
-from conftest import Cluster, pod, wait_until
+from clusters import Cluster, pod, wait_until
 
 pytestmark = pytest.mark.xdist_group("services")
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conftest import Cluster, pod, service, wait_until
+from clusters import Cluster, pod, service, wait_until
 
 PROGRAM = str(Path(__file__).with_name("http_programs.py"))
 GATEWAY_API = "gateway.networking.k8s.io/v1"
