@@ -206,7 +206,7 @@ def test_the_word_for_a_pods_status(status: Object, shown: tuple[str, str, str])
 def test_every_kind_prints_even_an_empty_object(served: Any) -> None:
     table = tables.render(served, [{"metadata": {"name": "a"}}], "1", "None", NOW)
     assert len(table["rows"][0]["cells"]) == len(table["columnDefinitions"])
-    assert table["rows"][0]["cells"][0] == "a"
+    assert "a" in table["rows"][0]["cells"]
 
 
 # Rules

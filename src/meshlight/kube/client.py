@@ -7,13 +7,11 @@ through it, so that none can tell an embedded cluster from a real one.
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import os
 import socket
 import ssl
 import sys
-import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +19,9 @@ from typing import Any, Literal
 
 import aiohttp
 import orjson
-import yaml
 
 from meshlight import __version__
+from meshlight.kube import kubeconfig
 from meshlight.kube.resources import Object, Resource
 
 SERVICE_ACCOUNT_DIR = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -87,34 +85,8 @@ class Client:
     @classmethod
     def from_kubeconfig(cls, path: Path | str, context: str | None = None) -> Client:
         """Read the (current) context of a kubeconfig; raises ValueError naming what is missing."""
-        config = yaml.safe_load(Path(path).read_text())
-        context_name = context or config.get("current-context")
-
-        def named(section: str, name: str, key: str) -> dict[str, Any]:
-            for entry in config.get(section) or []:
-                if entry["name"] == name:
-                    return entry.get(key) or {}
-            raise ValueError(f"{path}: no {key} named {name!r} in {section}")
-
-        chosen = named("contexts", context_name, "context")
-        cluster = named("clusters", chosen["cluster"], "cluster")
-        user = named("users", chosen["user"], "user")
-        base = Path(path).parent
-
-        def material(owner: dict[str, Any], key: str) -> str | None:
-            if f"{key}-data" in owner:
-                return base64.b64decode(owner[f"{key}-data"]).decode()
-            return (base / owner[key]).read_text() if key in owner else None
-
-        context_tls = ssl.create_default_context(cadata=material(cluster, "certificate-authority"))
-        certificate, key = material(user, "client-certificate"), material(user, "client-key")
-        if certificate and key:
-            # ssl only loads a chain from files; the file is gone again before we return.
-            with tempfile.NamedTemporaryFile("w", suffix=".pem") as pem:
-                pem.write(certificate + "\n" + key)
-                pem.flush()
-                context_tls.load_cert_chain(pem.name)
-        return cls(cluster["server"].rstrip("/"), context_tls, token=user.get("token"))
+        found = kubeconfig.load(Path(path), context)
+        return cls(found.server, found.tls, token=found.token)
 
     @classmethod
     def in_pod(cls) -> Client:

@@ -52,7 +52,7 @@ def columns_of(served: ResourceType) -> list[Column]:
     """The columns of a type, NAME first."""
     builtin = printers.COLUMNS.get((served.resource.group, served.resource.kind))
     if builtin is not None:
-        return builtin if builtin[0].name == NAME.name else [NAME, *builtin]
+        return builtin if any(c.name == NAME.name for c in builtin) else [NAME, *builtin]
     if served.printer_columns:
         return [NAME, *(_custom(c) for c in served.printer_columns)]
     return [NAME, AGE]
