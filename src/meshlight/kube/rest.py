@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -73,6 +73,10 @@ class WriteOptions:
     force: bool = False
     duplicates: tuple[str, ...] = ()
     user: User | None = None
+    amend: Callable[[Object], Object] | None = None
+    """What webhooks change of the object, after the server's own admission."""
+    seen: list[Request] | None = None
+    """Collects the request as admission saw it last."""
     warnings: list[str] = field(default_factory=list)
 
 
@@ -172,10 +176,11 @@ class Rest:
         objects.apply_defaults(served, obj, created=True)
         request = _request("CREATE", target, obj, None, options)
         self.admission.mutate(request)
+        obj = _amended(request, obj, options)
         objects.set_generation(served, None, obj)
         objects.validate(served, obj)
         options.warnings.extend(validation.warnings(obj))
-        self.admission.validate(request)
+        self._admit(request, options)
         if not applied:
             managed_fields.record_update(None, obj, served.structure, _writer(target, options))
         self._complete_service(target, obj, None)
@@ -293,7 +298,8 @@ class Rest:
             raise target.missing()
         self.presented(target.served, obj)
         deletion.check(target.served, obj, options)
-        self.admission.validate(_request("DELETE", target, None, obj, write or WriteOptions()))
+        write = write or WriteOptions()
+        self._admit(_request("DELETE", target, None, obj, write), write)
         before = orjson.dumps(obj)
         held = deletion.mark(obj, options, objects.now())
         if options.dry_run:
@@ -333,9 +339,10 @@ class Rest:
         objects.apply_defaults(served, updated)
         request = _request("UPDATE", target, updated, old, options)
         self.admission.mutate(request)
+        updated = _amended(request, updated, options)
         objects.set_generation(served, old, updated)
         objects.validate(served, updated, old, subresource)
-        self.admission.validate(request)
+        self._admit(request, options)
         if not subresource:
             options.warnings.extend(validation.warnings(updated))
         if applied:
@@ -365,6 +372,12 @@ class Rest:
         if served.resource.kind == "ClusterRole":
             self._aggregate_roles()
         return stored if version == served.resource.api_version else self.presented(served, stored)
+
+    def _admit(self, request: Request, options: WriteOptions) -> None:
+        """The last word before a write. Raises StatusError."""
+        self.admission.validate(request)
+        if options.seen is not None:
+            options.seen.append(request)
 
     def _aggregate_roles(self) -> None:
         """Bring the roles that are made of others up to date; roles may be made of such roles in turn."""
@@ -482,6 +495,15 @@ def _request(
         options.dry_run,
         options.warnings,
     )
+
+
+def _amended(request: Request, obj: Object, options: WriteOptions) -> Object:
+    """The object with what webhooks change of it, complete again."""
+    if options.amend is None:
+        return obj
+    request.obj = options.amend(obj)
+    objects.apply_defaults(request.served, request.obj)
+    return request.obj
 
 
 def _writer(target: Target, options: WriteOptions) -> managed_fields.Writer:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import copy
 import ctypes
+import functools
 import gc
 import json
 import logging
@@ -20,12 +22,25 @@ import sqlite3
 import ssl
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import uvloop
 from aiohttp import web
 
-from meshlight.kube import deletion, discovery, kubelet_streams, metrics_api, openapi, pod_subresources, reviews
+from meshlight.kube import (
+    deletion,
+    discovery,
+    kubelet_streams,
+    metrics_api,
+    openapi,
+    pod_subresources,
+    reviews,
+    webhooks,
+)
+from meshlight.kube.admission import Request
 from meshlight.kube.audit import AuditLog
 from meshlight.kube.authentication import Attributes
 from meshlight.kube.authorization import node_may_touch
@@ -52,14 +67,17 @@ from meshlight.kube.requests import (
     warned,
 )
 from meshlight.kube.resources import Object
-from meshlight.kube.rest import Rest, Target
-from meshlight.kube.status import StatusError, bad_request
+from meshlight.kube.rest import Rest, Target, WriteOptions
+from meshlight.kube.status import StatusError, bad_request, conflict
 from meshlight.kube.store import Store
 from meshlight.kube.tokens import TokenIssuer
 
 VERSION = "v1.32.0+meshlight"
 AGGREGATED = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList"
 SUCCESS: Object = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}
+T = TypeVar("T")
+_HOOKED_ATTEMPTS = 5
+"""Times that a write is tried whose object changes while its webhooks are asked."""
 WATCH_SECONDS = 3600.0
 """A watch without a timeout of its own ends after this; its client resumes."""
 
@@ -80,6 +98,7 @@ class Server:
         self.credentials = Credentials(self.tokens, log)
         self.kubelets = KubeletProxy(pki)
         self.authorizer = rest.authorizer
+        self.webhooks = webhooks.Webhooks(rest.store, webhooks.ask)
         self._audit = audit
 
     def application(self) -> web.Application:
@@ -213,10 +232,18 @@ class Server:
                 return await self._create(request, target)
             case "PUT" if target.name:
                 body, write = await body_of(request), options(request)
-                return warned(answer(self.rest.replace(target, body, write)), write.warnings)
+
+                def replaced(write: WriteOptions) -> Object:
+                    return self.rest.replace(target, copy.deepcopy(body), write)
+
+                return warned(answer(await self._hooked(target, write, replaced)), write.warnings)
             case "PATCH" if target.name:
                 body, write = await body_of(request), options(request)
-                obj, created = self.rest.patch(target, body, request.content_type, write)
+
+                def patched(write: WriteOptions) -> tuple[Object, bool]:
+                    return self.rest.patch(target, copy.deepcopy(body), request.content_type, write)
+
+                obj, created = await self._hooked(target, write, patched)
                 return warned(answer(obj, 201 if created else 200), write.warnings)
             case "DELETE":
                 return await self._delete(request, target)
@@ -271,13 +298,53 @@ class Server:
         if kind in reviews.KINDS:
             found = reviews.review(self.authorizer, kind, body, request[USER], target.namespace)
             return answer(found, 201)
-        return warned(answer(self.rest.create(target, body, write), 201), write.warnings)
+
+        def created(write: WriteOptions) -> Object:
+            return self.rest.create(target, copy.deepcopy(body), write)
+
+        return warned(answer(await self._hooked(target, write, created), 201), write.warnings)
+
+    async def _hooked(self, target: Target, write: WriteOptions, act: Callable[[WriteOptions], T]) -> T:
+        """Do a write after its webhooks were asked about it, tried without storing. Raises StatusError."""
+        if not self.webhooks.any():
+            return act(write)
+        for _ in range(_HOOKED_ATTEMPTS):
+            before = self.rest.store.body(target.key)
+            review = self._tried(write, act, None)
+            if review is None:
+                return act(write)
+            amend = None
+            if found := await self.webhooks.mutate(review):
+                amend = functools.partial(webhooks.amended, found=found)
+                review = self._tried(write, act, amend) or review
+            await self.webhooks.validate(review)
+            if not target.name or self.rest.store.body(target.key) is before:
+                write.warnings.extend(w for w in review.warnings if w not in write.warnings)
+                return act(replace(write, amend=amend))
+        r = target.served.resource
+        raise conflict(r.group, r.plural, target.name)
+
+    @staticmethod
+    def _tried(
+        write: WriteOptions, act: Callable[[WriteOptions], T], amend: webhooks.Amend | None
+    ) -> Request | None:
+        """The write as admission sees it, with nothing stored; None when nobody is asked about it."""
+        seen: list[Request] = []
+        act(replace(write, dry_run=True, seen=seen, amend=amend, warnings=[]))
+        if not seen:
+            return None
+        review = replace(seen[-1], obj=copy.deepcopy(seen[-1].obj), dry_run=write.dry_run)
+        return review
 
     async def _delete(self, request: web.Request, target: Target) -> web.Response:
         body = await body_of(request) if request.can_read_body else {}
         asked, write = deletion.parse(body, request.query), options(request)
         if target.name:
-            obj, gone = self.rest.delete(target, asked, write)
+
+            def deleted(write: WriteOptions) -> tuple[Object, bool]:
+                return self.rest.delete(target, replace(asked, dry_run=asked.dry_run or write.dry_run), write)
+
+            obj, gone = await self._hooked(target, write, deleted)
             r, uid = target.served.resource, obj["metadata"]["uid"]
             details = {"name": target.name, "kind": r.plural, "uid": uid}
             if r.group:
