@@ -22,7 +22,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield made
     finally:
         if os.environ.get("MESHLIGHT_KEEP_LOGS"):
-            shutil.copytree(made.state, os.environ["MESHLIGHT_KEEP_LOGS"], dirs_exist_ok=True)
+            shutil.copytree(
+                made.state,
+                os.environ["MESHLIGHT_KEEP_LOGS"],
+                dirs_exist_ok=True,
+                ignore=shutil.ignore_patterns("*.sock"),
+            )
         made.meshlight("down", "--name", made.name, "--purge", check=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import socket
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from meshlight.uplink import relay
 from meshlight.uplink.announcement import choose, commands, node_addresses, ranges
+from meshlight.uplink.egress import allowed, routes
 from meshlight.uplink.exposure import Exposed, ExposureError, Wish, candidates, remembered, wishes
 from meshlight.uplink.handover import Answer, Ask, receive, send
 
@@ -162,3 +164,30 @@ async def test_a_relay_carries_bytes_ends_and_resets() -> None:
     async with asyncio.timeout(10):
         with pytest.raises(ConnectionResetError):
             await b_reader.readexactly(1)
+
+
+@pytest.mark.parametrize(
+    ("address", "outside"),
+    [
+        ("192.0.2.7", True),
+        ("10.200.0.1", True),
+        ("2001:db8::7", True),
+        ("127.0.0.1", False),
+        ("169.254.169.254", False),
+        ("10.244.3.4", False),
+        ("172.20.1.7", False),
+        ("239.1.1.1", False),
+        ("fe80::1", False),
+        ("fd6d:6c10:96::1", False),
+        ("::1", False),
+    ],
+)
+def test_what_is_outside(address: str, outside: bool) -> None:
+    assert allowed(address) is outside
+    network = ipaddress.ip_network(address)
+    covered = any(
+        network.subnet_of(ipaddress.ip_network(r.split()[3]))  # type: ignore[arg-type]
+        for r in routes(network.version)
+        if r.startswith("route replace unreachable")
+    )
+    assert covered is not outside, "the routes say the same"

@@ -18,6 +18,7 @@ from meshlight.kube.resources import ENDPOINT_SLICES, EVENTS, NODES, SERVICES, O
 from meshlight.node import netns
 from meshlight.uplink import announcement
 from meshlight.uplink.dialer import Dialer
+from meshlight.uplink.egress import Egress
 from meshlight.uplink.listeners import Listeners
 from meshlight.uplink.machine import Machine
 from meshlight.uplink.name_service import NameRelay
@@ -112,6 +113,7 @@ class Uplink:
                 group.create_task(Dialer(self._machine).run())  # for nodes; what pods reach is another matter
                 if not self._isolated:
                     group.create_task(NameRelay(self._machine, GATEWAY).run())
+                    group.create_task(Egress(self._machine).run())
         finally:
             self._machine.close()
 

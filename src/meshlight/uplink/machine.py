@@ -32,11 +32,16 @@ class Machine:
         self._link: socket.socket | None = None
         self._numbers = count(1)
         self._waiting: dict[int, asyncio.Future[socket.socket]] = {}
+        self._arrived = asyncio.Event()
         self._arrivals: list[Callable[[], None]] = []
 
     def on_arrival(self, callback: Callable[[], None]) -> None:
         """Call `callback` whenever an outlet has come."""
         self._arrivals.append(callback)
+
+    async def arrival(self) -> None:
+        """Return when an outlet has come."""
+        await self._arrived.wait()
 
     @property
     def reachable(self) -> bool:
@@ -77,6 +82,7 @@ class Machine:
         self._link = link
         asyncio.get_running_loop().add_reader(link, self._readable, link)
         log("info", "outlet connected")
+        self._arrived.set()
         for callback in self._arrivals:
             callback()
 
@@ -114,6 +120,7 @@ class Machine:
             asyncio.get_running_loop().remove_reader(self._link)
             self._link.close()
             self._link = None
+            self._arrived.clear()
             log("warning", "outlet gone")
         for waiting in self._waiting.values():
             if not waiting.done():
