@@ -274,7 +274,7 @@ def test_versions_are_of_one_object_with_their_own_fields_and_defaults(rest: Res
     stored = rest.store.get(target(rest, "example.com", "v2", "lamps", "floor").key)
     assert stored is not None and stored["apiVersion"] == "example.com/v1"
     served = target(rest, "example.com", "v2", "lamps").served
-    listed = Reader(rest).collection(Target(served, "x"), {}, Representation(served, rest.presented))
+    listed = Reader(rest).page(Target(served, "x"), {}).encode(Representation(served, rest.presented))
     assert listed.count(b'{"apiVersion":"example.com/v2","kind":"Lamp"') == 2
 
 

@@ -53,7 +53,7 @@ class Api:
         self.rest.delete(self.target(name=name), deletion.parse({}, {}))
 
     def list(self, **query: str) -> Object:
-        found: Object = orjson.loads(self.reader.collection(self.target(), query, self.shape()))
+        found: Object = orjson.loads(self.reader.page(self.target(), query).encode(self.shape()))
         return found
 
     def watch(self, **query: str) -> AsyncIterator[bytes]:
@@ -265,6 +265,6 @@ def test_only_protobuf_cannot_be_had() -> None:
 
 def test_metadata_alone(api: Api) -> None:
     api.make("a")
-    found = orjson.loads(api.reader.collection(api.target(), {}, api.shape("metadata")))
+    found = orjson.loads(api.reader.page(api.target(), {}).encode(api.shape("metadata")))
     assert found["kind"] == "PartialObjectMetadataList"
     assert found["items"][0]["kind"] == "PartialObjectMetadata" and "data" not in found["items"][0]

@@ -140,6 +140,18 @@ async def test_who_is_asked(more: Object, called: bool) -> None:
     assert bool(asked.reviews) is called
 
 
+@pytest.mark.parametrize(("label", "called"), [("web", True), ("other", False)])
+async def test_objects_in_no_namespace_are_chosen_by_their_own_labels(label: str, called: bool) -> None:
+    asked = Asked(a={"allowed": True})
+    rule = {"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["nodes"]}
+    namespaces, objects = {"matchLabels": {"team": "b"}}, {"matchLabels": {"app": "web"}}
+    asked.configure("validating", "a", rules=[rule], namespaceSelector=namespaces, objectSelector=objects)
+    nodes = next(t for t in BUILTIN if t.resource.plural == "nodes")
+    node = {"metadata": {"name": "n", "labels": {"app": label}}}
+    await asked.webhooks.validate(Request("CREATE", nodes, "", "n", "", node, None, None))
+    assert bool(asked.reviews) is called
+
+
 async def test_an_earlier_hook_may_be_asked_again() -> None:
     asked = Asked(a={"allowed": True}, b=patch({"op": "add", "path": "/metadata/labels/b", "value": "1"}))
     asked.configure("mutating", "a", reinvocationPolicy="IfNeeded")

@@ -111,9 +111,10 @@ _last: tuple[Object, tuple[str, str, str]] = ({}, ("", "", ""))
 def _part(index: int) -> Callable[[Object, datetime], str]:
     def cell(pod: Object, now: datetime) -> str:
         global _last
-        if _last[0] is not pod:
-            _last = (pod, status(pod, now))
-        found: str = _last[1][index]
+        last = _last  # another thread may be at another pod
+        if last[0] is not pod:
+            last = _last = (pod, status(pod, now))
+        found: str = last[1][index]
         if index == 2:
             _last = ({}, ("", "", ""))
         return found

@@ -21,6 +21,8 @@ from meshlight.kube.status import StatusError, bad_request
 from meshlight.kube.store import Change, CompactedError, FutureError, Name
 
 Query = Mapping[str, str]
+LARGE = 1_000
+"""Objects of a list beyond which it is encoded in a thread: 10,000 pods as a table take half a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,40 @@ def too_new(error: Exception) -> StatusError:
     return StatusError(504, "Timeout", str(error), details)
 
 
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What a list shall answer; nothing in it changes any more, so that it can be encoded anywhere."""
+
+    found: list[tuple[Name, bytes]]
+    selection: Selection
+    limit: int
+    revision: int
+
+    def encode(self, shape: Representation) -> bytes:
+        """The answer."""
+        metadata: Object = {"resourceVersion": str(self.revision)}
+        bodies: list[bytes] = []
+        last: Name = ("", "")
+        matches = self.selection.matches
+        for index, (name, body) in enumerate(self.found):
+            if matches is not None and not matches(shape.decoded(body)):
+                continue
+            if self.limit and len(bodies) == self.limit:
+                metadata["continue"] = _Continuation(self.revision, last).encode()
+                if matches is None:
+                    metadata["remainingItemCount"] = len(self.found) - index
+                break
+            bodies.append(body)
+            last = name
+        return shape.many(bodies, metadata)
+
+    @property
+    def large(self) -> bool:
+        """Whether to encode it takes so long that others should have their turns meanwhile."""
+        looked_at = len(self.found) if self.selection.matches is not None or not self.limit else self.limit
+        return looked_at > LARGE
+
+
 class Reader:
     """Reads over one Rest."""
 
@@ -102,8 +138,8 @@ class Reader:
             raise target.missing()
         return shape.one(body)
 
-    def collection(self, target: Target, query: Query, shape: Representation) -> bytes:
-        """A collection, or a page of it. Raises StatusError 400, 410, 504."""
+    def page(self, target: Target, query: Query) -> Page:
+        """A collection, or a page of it, as it is now. Raises StatusError 400, 410, 504."""
         limit, token = number(query, "limit"), query.get("continue", "")
         selection = Selection.of(target, query)
         revision, at, after = self._store.revision, None, None
@@ -123,21 +159,7 @@ class Reader:
             raise self._expired_list(error, after) if token else expired(error) from error
         except FutureError as error:
             raise too_new(error) from error
-        metadata: Object = {"resourceVersion": str(revision)}
-        bodies: list[bytes] = []
-        last: Name = ("", "")
-        matches = selection.matches
-        for index, (name, body) in enumerate(found):
-            if matches is not None and not matches(shape.decoded(body)):
-                continue
-            if limit and len(bodies) == limit:
-                metadata["continue"] = _Continuation(revision, last).encode()
-                if matches is None:
-                    metadata["remainingItemCount"] = len(found) - index
-                break
-            bodies.append(body)
-            last = name
-        return shape.many(bodies, metadata)
+        return Page(found, selection, limit, revision)
 
     def names(self, target: Target, query: Query) -> list[Name]:
         """What a collection's selectors choose, by namespace and name. Raises StatusError 400."""

@@ -23,6 +23,7 @@ import ssl
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -33,6 +34,7 @@ from aiohttp import web
 from meshlight.kube import (
     deletion,
     discovery,
+    expiry,
     kubelet_streams,
     metrics_api,
     openapi,
@@ -100,6 +102,7 @@ class Server:
         self.authorizer = rest.authorizer
         self.webhooks = webhooks.Webhooks(rest.store, webhooks.ask)
         self._audit = audit
+        self._encoders = ThreadPoolExecutor(2, thread_name_prefix="lists")
 
     def application(self) -> web.Application:
         """The aiohttp application: one route, so that every path passes the guard."""
@@ -116,6 +119,7 @@ class Server:
 
     async def _cleanup(self, _: web.Application) -> None:
         await self.kubelets.close()
+        self._encoders.shutdown(wait=False, cancel_futures=True)
         if self._audit is not None:
             self._audit.close()
 
@@ -227,7 +231,7 @@ class Server:
             case "GET" if target.name:
                 return answer(self.reader.object(target, self._shape(request, target)))
             case "GET":
-                return answer(self.reader.collection(target, request.query, self._shape(request, target)))
+                return answer(await self._list(request, target))
             case "POST":
                 return await self._create(request, target)
             case "PUT" if target.name:
@@ -269,6 +273,12 @@ class Server:
         shape = shape_of(request.headers.get("Accept", ""))
         include = request.query.get("includeObject", "Metadata")
         return Representation(target.served, self.rest.presented, shape, include)
+
+    async def _list(self, request: web.Request, target: Target) -> bytes:
+        page, shape = self.reader.page(target, request.query), self._shape(request, target)
+        if not page.large:
+            return page.encode(shape)
+        return await asyncio.get_running_loop().run_in_executor(self._encoders, page.encode, shape)
 
     def _placed(self, target: Target) -> tuple[Object, Object]:
         """A pod and its node. Raises StatusError."""
@@ -423,7 +433,10 @@ async def serve(state: Path, listen_fd: int, fabric: str | None) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    sweeper = asyncio.create_task(expiry.run(store))
     await stop.wait()
+    sweeper.cancel()
+    await sweeper
     await runner.cleanup()
     store.close()
 

@@ -69,10 +69,13 @@ def matches_resources(rules: Object, request: Request, namespace: Object | None)
 
 
 def selected(rules: Object, request: Request, namespace: Object | None) -> bool:
-    """Whether `namespaceSelector` and `objectSelector` choose a request's namespace and object."""
+    """Whether `namespaceSelector` and `objectSelector` choose a request's namespace and object.
+
+    Objects that are in no namespace are chosen whatever the first says.
+    """
     selector = rules.get("namespaceSelector") or {}
-    if selector and (namespace is None or not match_labels(selector, _labels(namespace))):
-        return namespace is None and request.kind != "Namespace"
+    if selector and namespace is not None and not match_labels(selector, _labels(namespace)):
+        return False
     selector = rules.get("objectSelector") or {}
     return not selector or any(
         match_labels(selector, _labels(obj)) for obj in (request.obj, request.old) if obj is not None
