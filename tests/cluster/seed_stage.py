@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from conftest import Cluster, wait_until
+from clusters import Cluster, wait_until
 
 Object = dict[str, Any]
 

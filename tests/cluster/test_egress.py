@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cluster, pod, wait_until
+from clusters import Cluster, pod, wait_until
 
 pytestmark = pytest.mark.xdist_group("egress")
 

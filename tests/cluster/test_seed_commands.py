@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import seed_stage
 import yaml
-from conftest import Cluster, pod, wait_until
+from clusters import Cluster, pod, wait_until
 
 pytestmark = pytest.mark.xdist_group("cluster")
 

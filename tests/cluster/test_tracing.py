@@ -7,7 +7,7 @@ import time
 from typing import Any
 from uuid import uuid4
 
-from conftest import Cluster, wait_until
+from clusters import Cluster, wait_until
 
 QUERY, COLLECTOR = "jaeger-query.observability", "jaeger-collector.observability"
 

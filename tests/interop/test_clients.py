@@ -20,7 +20,7 @@ import lightkube
 import pytest
 import yaml
 from apiserver import ApiServer
-from conftest import wait_until
+from clusters import wait_until
 from kr8s.objects import ConfigMap, Deployment, Pod, new_class
 from kubernetes.client.rest import ApiException
 from kubernetes.dynamic import DynamicClient
