@@ -59,10 +59,11 @@ class Touched:
     proxies: set[ProxyKey] = field(default_factory=set)
     backends: set[ObjectKey] = field(default_factory=set)
     frontends: set[ObjectKey] = field(default_factory=set)
+    routes: set[ObjectKey] = field(default_factory=set)
     endpoints: set[ObjectKey] = field(default_factory=set)
 
     def __bool__(self) -> bool:
-        return bool(self.proxies or self.backends or self.frontends or self.endpoints)
+        return bool(self.proxies or self.backends or self.frontends or self.routes or self.endpoints)
 
 
 class EnvoyIndex:
@@ -202,7 +203,7 @@ class EnvoyIndex:
         self.routes_to_report |= effect.routes
         for kind, key in effect.parents:
             if kind == "Service":
-                self._touched.frontends.add(key)
+                self._touched.routes.add(key)
             elif kind == "Gateway":
                 self._touched.proxies.add(ProxyKey.of(key))
                 self.gateways_to_report.add(key)
@@ -235,12 +236,33 @@ class EnvoyIndex:
             if waypoint := self._index.waypoints.served_by(service):
                 touched.proxies.add(ProxyKey.of(waypoint.key))
         changes: dict[ProxyKey, Changes] = {}
+        for service in touched.routes - touched.frontends:
+            self._refresh_routes(service, touched.proxies, changes)
         for service in touched.endpoints - touched.backends:
             self._refresh_endpoints(service, changes)
         for key in touched.proxies:
             self._refresh_proxy(key, changes)
         compact = {key: {t: c for t, c in change.items() if c} for key, change in changes.items()}
         return {key: change for key, change in compact.items() if change}
+
+    def _refresh_routes(
+        self, service: ObjectKey, proxies: set[ProxyKey], changes: dict[ProxyKey, Changes]
+    ) -> None:
+        """A service's routes; its proxies as a whole (added to `proxies`) if more than routes differs."""
+        old = self._frontends.pop(service, None)
+        waypoint = self._index.waypoints.served_by(service)
+        if waypoint is None or self._index.service(service) is None:
+            return
+        key = ProxyKey.of(waypoint.key)
+        new = self._frontend(service)
+        if old is None or key in proxies or not new.differs_in_routes_alone(old):
+            proxies.add(key)
+            return
+        change = changes.setdefault(key, _no_changes())[wire.SCOPED_ROUTE_TYPE]
+        collection = self.proxy(key).collections[wire.SCOPED_ROUTE_TYPE]
+        for resource in new.scopes:
+            if collection.put(resource):
+                change.updated[resource.name] = resource
 
     def _refresh_endpoints(self, service: ObjectKey, changes: dict[ProxyKey, Changes]) -> None:
         backend = self._backends.get(service)

@@ -48,6 +48,15 @@ class Frontend:
     tcp: dict[str, list[Any]] = field(default_factory=dict)
     refers_to: set[ObjectKey] = field(default_factory=set)
 
+    def differs_in_routes_alone(self, other: Frontend) -> bool:
+        """Whether a proxy that has `other` needs nothing but the routes."""
+        return (
+            self.destinations == other.destinations
+            and self.refers_to == other.refers_to
+            and self.tcp == other.tcp
+            and {scope.name for scope in self.scopes} == {scope.name for scope in other.scopes}
+        )
+
 
 def compile_frontend(
     index: Index, known: RouteIndex, traffic: TrafficIndex, policies: PolicyView, key: ObjectKey
