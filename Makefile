@@ -43,6 +43,7 @@ check: setup ## formatters, linters, type checkers
 
 bench: setup ## boot, memory, the L4 path as ratios against the direct path, the API server and istiod
 	$(BIN)/python bench/l4.py
+	$(BIN)/python bench/l7.py
 	$(BIN)/python bench/api.py
 	$(BIN)/python bench/controlplane.py
 

@@ -3,7 +3,8 @@
 //!
 //! `load serve PORT`; `load throughput|requests|connects HOST:PORT CONNECTIONS SECONDS` prints one
 //! JSON object. A connection's first byte tells the server what follows: `D` = send bytes until the
-//! client is gone, `R` = answer each 128-byte request with 128 bytes.
+//! client is gone, `R` = answer each 128-byte request with 128 bytes, `G` = HTTP/1.1 GETs, kept alive
+//! (`load http HOST:PORT …`).
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -24,11 +25,56 @@ fn answer(mut stream: TcpStream) -> std::io::Result<()> {
             stream.write_all(&block)?;
         }
     }
+    if verb[0] == b'G' {
+        let reply = format!(
+            "HTTP/1.1 200 OK\r\ncontent-length: {MESSAGE}\r\n\r\n{}",
+            "x".repeat(MESSAGE)
+        );
+        loop {
+            head(&mut stream)?;
+            stream.write_all(reply.as_bytes())?;
+        }
+    }
     let mut message = [0u8; MESSAGE];
     loop {
         stream.read_exact(&mut message)?;
         stream.write_all(&message)?;
     }
+}
+
+/// Reads to the empty line that ends a message's head; the head, and what came behind it.
+fn head(stream: &mut TcpStream) -> std::io::Result<(Vec<u8>, usize)> {
+    let mut bytes = Vec::with_capacity(1024);
+    let mut block = [0u8; 4096];
+    loop {
+        let read = stream.read(&mut block)?;
+        if read == 0 {
+            return Err(std::io::ErrorKind::UnexpectedEof.into());
+        }
+        bytes.extend_from_slice(&block[..read]);
+        if let Some(at) = bytes.windows(4).position(|w| w == b"\r\n\r\n") {
+            let behind = bytes.len() - at - 4;
+            return Ok((bytes, behind));
+        }
+    }
+}
+
+fn http(target: &str, stop: &AtomicBool, tally: &mut Tally) -> std::io::Result<()> {
+    let mut stream = TcpStream::connect(target)?;
+    stream.set_nodelay(true)?;
+    while !stop.load(Ordering::Relaxed) {
+        let start = Instant::now();
+        stream.write_all(b"GET /bench HTTP/1.1\r\nhost: server\r\n\r\n")?;
+        let (bytes, behind) = head(&mut stream)?;
+        if !bytes.starts_with(b"HTTP/1.1 200") {
+            return Err(std::io::ErrorKind::InvalidData.into());
+        }
+        let mut rest = vec![0u8; MESSAGE - behind];
+        stream.read_exact(&mut rest)?;
+        tally.micros.push(start.elapsed().as_micros() as u32);
+        tally.count += 1;
+    }
+    Ok(())
 }
 
 fn open(target: &str, verb: u8) -> std::io::Result<TcpStream> {
@@ -51,6 +97,7 @@ fn work(kind: &str, target: &str, stop: &AtomicBool) -> Tally {
     let result = match kind {
         "throughput" => throughput(target, stop, &mut tally),
         "requests" => requests(target, stop, &mut tally),
+        "http" => http(target, stop, &mut tally),
         _ => connects(target, stop, &mut tally),
     };
     if result.is_err() {
@@ -104,7 +151,8 @@ fn connects(target: &str, stop: &AtomicBool, tally: &mut Tally) -> std::io::Resu
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if arguments[0] == "serve" {
-        let listener = TcpListener::bind(("0.0.0.0", arguments[1].parse().expect("port"))).expect("bind");
+        let listener =
+            TcpListener::bind(("0.0.0.0", arguments[1].parse().expect("port"))).expect("bind");
         for stream in listener.incoming().flatten() {
             thread::spawn(move || answer(stream));
         }
@@ -123,14 +171,21 @@ fn main() {
         .collect();
     thread::sleep(Duration::from_secs_f64(seconds));
     stop.store(true, Ordering::Relaxed);
-    let tallies: Vec<Tally> = threads.into_iter().map(|t| t.join().expect("thread")).collect();
+    let tallies: Vec<Tally> = threads
+        .into_iter()
+        .map(|t| t.join().expect("thread"))
+        .collect();
     let elapsed = start.elapsed().as_secs_f64();
     let count: u64 = tallies.iter().map(|t| t.count).sum();
     let failed: u64 = tallies.iter().map(|t| t.failed).sum();
     let mut micros: Vec<u32> = tallies.into_iter().flat_map(|t| t.micros).collect();
     micros.sort_unstable();
     let percentile = |p: f64| {
-        micros.get((micros.len() as f64 * p) as usize).or(micros.last()).copied().unwrap_or(0)
+        micros
+            .get((micros.len() as f64 * p) as usize)
+            .or(micros.last())
+            .copied()
+            .unwrap_or(0)
     };
     println!(
         "{{\"count\":{count},\"failed\":{failed},\"seconds\":{elapsed:.3},\"p50_us\":{},\"p99_us\":{}}}",
