@@ -65,6 +65,7 @@ def measure(environment: dict[str, str], home: str) -> None:
     results: dict[str, list[dict[str, Any]]] = {}
 
     def row(path: str, target: str) -> None:
+        print(f"measuring: {path}", flush=True)
         results[path] = [load(environment, home, target, connections) for connections in CONNECTIONS]
 
     row("direct", address)

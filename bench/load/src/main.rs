@@ -62,6 +62,7 @@ fn head(stream: &mut TcpStream) -> std::io::Result<(Vec<u8>, usize)> {
 fn http(target: &str, stop: &AtomicBool, tally: &mut Tally) -> std::io::Result<()> {
     let mut stream = TcpStream::connect(target)?;
     stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
     while !stop.load(Ordering::Relaxed) {
         let start = Instant::now();
         stream.write_all(b"GET /bench HTTP/1.1\r\nhost: server\r\n\r\n")?;
