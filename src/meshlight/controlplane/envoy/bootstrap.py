@@ -98,7 +98,9 @@ def bootstrap(node: ProxyNode) -> dict[str, Any]:
                     "name": "static",
                     "static_layer": {
                         "re2.max_program_size.error_level": 32768,
-                        "overload.global_downstream_max_connections": 2147483647,
+                        # A request to the collector for 20 spans or a second's: more at once cost more.
+                        "tracing.zipkin.min_flush_spans": 20,
+                        "tracing.zipkin.flush_interval_ms": 1000,
                     },
                 }
             ]
