@@ -187,6 +187,9 @@ def _routes(
         routes.host(hostname, [hostname], route_rules.in_order(placed))
         for hostname, placed in sorted(hosts.items())
     ]
+    for host in made:
+        for entry in host.routes:
+            entry.decorator.operation = f"{host.name}:{port}/*"
     configuration = routes.configuration(name, made, rules)
     configuration.ignore_port_in_host_matching = True
     return published(wire.ROUTE_TYPE, configuration)

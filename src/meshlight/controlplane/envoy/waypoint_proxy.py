@@ -93,6 +93,7 @@ def compile_frontend(
                 )
             for entry in made:
                 _hash(index, traffic, entry)
+                entry.decorator.operation = f"{hostname}:{port.port}/*"  # the spans' name, as Istio has it
                 entry.metadata.filter_metadata[METADATA].update(clusters.described(hostname, key))
             host = routes.host(hostname, ["*"], made)
             configuration = routes.configuration(cluster, [host], rules)
