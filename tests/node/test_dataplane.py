@@ -26,6 +26,8 @@ def test_names() -> None:
     lab.run("names:capture")
 
 
-@pytest.mark.parametrize("scenario", ["sizes", "crowds", "stalls", "changes", "cut_links", "killed_peers"])
+@pytest.mark.parametrize(
+    "scenario", ["sizes", "crowds", "stalls", "changes", "cut_links", "killed_peers", "handover"]
+)
 def test_torture(scenario: str) -> None:
     lab.run(f"torture:{scenario}")

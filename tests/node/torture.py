@@ -19,7 +19,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from dataplane import STRICT, Mesh, Ztunnel
-from lab import Pod, wait_until
+from lab import Pod, echo, load, read, wait_until
 
 from meshlight.node import netns
 
@@ -353,6 +353,50 @@ def killed_peers() -> None:
             service.errors.clear()
         await many(lambda: transfer(client, service, size(MIB), size(MIB)), count=100, at_once=20)
         assert not service.errors, service.errors
+
+    asyncio.run(body())
+
+
+def handover() -> None:
+    """A proxy is replaced under load, on either node: what is open goes on, what is new goes to the next."""
+    mesh, client, server = scene(TERMINATION_GRACE_PERIOD_SECONDS="60")
+
+    async def body() -> None:
+        service = await Service(server).start()
+        server.serve(80)
+        held = [await asyncio.to_thread(client.connect, server.address, 80) for _ in range(5)]
+        for stream in held:
+            await asyncio.to_thread(read, stream)
+        slow = asyncio.create_task(transfer(client, service, 4 * MIB, 4 * MIB, pauses=(0.2, 0.2, 0.2, 0.2)))
+        old = []
+        with load(lambda: client.ask(server.address, 80)) as failures:
+            for index in (0, 1):
+                newer = await asyncio.to_thread(mesh.start, index)
+                await asyncio.to_thread(_until_serving, newer)
+                mesh.proxies[index].terminate()
+                old.append(mesh.proxies[index])
+                mesh.proxies[index] = newer
+                await many(lambda: transfer(client, service, size(MIB), size(MIB)), count=100, at_once=20)
+        assert not failures, failures[:3]
+        for stream in held:
+            await asyncio.to_thread(echo, stream, "through both")
+        await slow
+        assert not service.errors, service.errors
+        for proxy in old:
+            assert proxy.process.poll() is None, "it stays for what it carries"
+            assert '"successor":true' in proxy.log.read_text()
+        for stream in held:
+            stream.close()
+        for proxy in old:
+            assert await asyncio.to_thread(proxy.process.wait, 20) == 0, "and no longer"
+        # Without a successor nobody else would answer: it serves to the end, which comes soon.
+        last = mesh.proxies[0]
+        held = [await asyncio.to_thread(client.connect, server.address, 80)]
+        last.terminate()
+        await asyncio.to_thread(wait_until, lambda: "draining" in last.log.read_text(), "the signal")
+        await transfer(client, service, MIB, MIB)
+        held[0].close()
+        assert await asyncio.to_thread(last.process.wait, 20) == 0
 
     asyncio.run(body())
 

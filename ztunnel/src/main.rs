@@ -46,7 +46,7 @@ use tracing::{info, warn};
 use config::{Config, XdsSource};
 use identity::{authority::Authority, store::CertificateStore};
 use inpod::PodManager;
-use proxy::{pool::Pool, ProxyContext};
+use proxy::{pool::Pool, succession, ProxyContext};
 use state::shared::SharedState;
 use telemetry::{access_log::AccessLog, flow_records, log_format, metrics::Metrics, Flows};
 use xds::client::DiscoveryClient;
@@ -62,6 +62,7 @@ POD_NAME, POD_NAMESPACE, CLUSTER_ID, TRUST_DOMAIN, ...).
   --help      print this";
 
 const POOL_SWEEP: Duration = Duration::from_secs(10);
+const DRAIN_LOOK: Duration = Duration::from_millis(50);
 
 type AnyError = Box<dyn Error + Send + Sync>;
 
@@ -237,18 +238,32 @@ async fn serve(context: Arc<ProxyContext>, quit: CancellationToken) -> Result<()
         _ = interrupt.recv() => {}
         () = quit.cancelled() => {}
     }
+    let succeeded = succession::has_successor(&context);
+    let grace = if succeeded {
+        config.termination_grace
+    } else {
+        config.termination_grace.min(succession::ALONE)
+    };
     info!(
-        grace_ms = config.termination_grace.as_millis() as u64,
+        successor = succeeded,
+        connections = context.connections.len(),
+        grace_ms = grace.as_millis() as u64,
         "draining"
     );
-    stop.cancel();
-    context.connections.close();
     let drained = async {
+        if !succeeded {
+            // Nobody else would answer. Idle connections of peers are no reason to stay.
+            while context.busy() {
+                tokio::time::sleep(DRAIN_LOOK).await;
+            }
+        }
+        stop.cancel();
+        context.connections.close();
         let _ = serving.await;
         // Idle pooled connections of peers and ours end here; tunnels end by themselves.
         tokio::join!(context.pool.close(), context.connections.wait());
     };
-    match timeout(config.termination_grace, drained).await {
+    match timeout(grace, drained).await {
         Ok(()) => info!("drained"),
         Err(_) => warn!(
             connections = context.connections.len(),

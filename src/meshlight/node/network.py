@@ -50,6 +50,8 @@ POD_SYSCTLS = {
     "net/ipv4/conf/all/rp_filter": "0",
     "net/ipv4/conf/default/rp_filter": "0",
     "net/ipv4/conf/all/route_localnet": "1",
+    # A handshake under way when one of two proxies stops listening is the other's.
+    "net/ipv4/tcp_migrate_req": "1",
     "net/ipv4/ip_unprivileged_port_start": "0",
     "net/ipv4/icmp_ratelimit": "0",
     "net/ipv6/conf/default/accept_ra": "0",

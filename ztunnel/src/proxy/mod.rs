@@ -12,6 +12,7 @@ pub mod pool;
 mod read_ahead;
 pub mod sockets;
 mod stream;
+pub mod succession;
 pub mod windows;
 
 use std::{
@@ -19,7 +20,7 @@ use std::{
     future::Future,
     io,
     net::{IpAddr, SocketAddr},
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -198,6 +199,12 @@ async fn accept<F>(
 }
 
 impl ProxyContext {
+    /// Whether an application has a connection open through this proxy.
+    pub fn busy(&self) -> bool {
+        let pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
+        pods.values().any(|pod| pod.connections.any())
+    }
+
     /// The pod's own entry in discovery, if it is there yet.
     pub fn workload_of(&self, pod: &Pod, address: IpAddr) -> Option<Arc<Workload>> {
         let state = self.state.read();

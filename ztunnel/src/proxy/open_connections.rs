@@ -73,6 +73,10 @@ impl OpenConnections {
         }
     }
 
+    pub fn any(&self) -> bool {
+        !self.lock().open.is_empty()
+    }
+
     pub fn view(&self) -> ConnectionsView {
         let (mut inbound, mut outbound) = (vec![], vec![]);
         for connection in self.lock().open.values() {
