@@ -404,6 +404,13 @@ fn check_status(headers: &HeaderMap) -> Result<(), GrpcError> {
     }
 }
 
+/// Takes messages from a stream until there is none or it is none.
+#[cfg(test)]
+pub fn take_all(stream: &[u8]) {
+    let mut pending = BytesMut::from(stream);
+    while let Ok(Some(_)) = take_message(&mut pending) {}
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

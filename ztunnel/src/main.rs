@@ -10,6 +10,8 @@ mod admin;
 mod backoff;
 mod config;
 mod dns;
+#[cfg(test)]
+mod fuzz;
 mod grpc;
 mod http_server;
 mod identity;

@@ -19,3 +19,198 @@ pub mod zds {
     #![allow(clippy::all, dead_code)]
     include!(concat!(env!("OUT_DIR"), "/istio.workload.zds.rs"));
 }
+
+#[cfg(test)]
+mod tests {
+    //! The wire's form, byte by byte, against Istio's published field numbers: what is written here
+    //! by hand must decode, and encode to the same.
+    use super::*;
+    use prost::Message;
+
+    /// A field of length and bytes (wire type 2).
+    fn text(number: u32, value: &[u8]) -> Vec<u8> {
+        let mut field = varint_bytes(u64::from(number << 3 | 2));
+        field.extend(varint_bytes(value.len() as u64));
+        field.extend(value);
+        field
+    }
+
+    /// A number (wire type 0).
+    fn number(field: u32, value: u64) -> Vec<u8> {
+        [varint_bytes(u64::from(field << 3)), varint_bytes(value)].concat()
+    }
+
+    fn varint_bytes(mut value: u64) -> Vec<u8> {
+        let mut bytes = vec![];
+        while value >= 0x80 {
+            bytes.push(value as u8 | 0x80);
+            value >>= 7;
+        }
+        bytes.push(value as u8);
+        bytes
+    }
+
+    #[test]
+    fn a_workload_has_istios_field_numbers() {
+        let ports = text(1, &[number(1, 80), number(2, 8080)].concat());
+        let service = [text(1, b"shop/cart"), text(2, &ports)].concat();
+        let gateway = [
+            text(1, &[text(1, b"ns"), text(2, b"host")].concat()),
+            number(3, 15008),
+        ];
+        let wire = [
+            text(1, b"name"),
+            text(2, b"namespace"),
+            text(3, &[10, 0, 0, 1]),
+            text(4, b"network"),
+            number(5, 1),
+            text(6, b"domain"),
+            text(7, b"account"),
+            text(8, &gateway.concat()),
+            text(9, b"node"),
+            text(10, b"canonical"),
+            text(11, b"revision"),
+            number(12, 1),
+            text(13, b"workload"),
+            text(16, b"ns/policy"),
+            number(17, 1),
+            text(18, b"cluster"),
+            text(20, b"uid"),
+            text(21, b"hostname"),
+            text(22, &service),
+            text(23, &[number(1, 1), number(2, 15088)].concat()),
+            text(
+                24,
+                &[text(1, b"region"), text(2, b"zone"), text(3, b"sub")].concat(),
+            ),
+            number(25, 1),
+            text(27, &number(1, 7)),
+        ]
+        .concat();
+        let message = workload::Workload::decode(&*wire).unwrap();
+        assert_eq!(message.tunnel_protocol(), workload::TunnelProtocol::Hbone);
+        assert_eq!(message.workload_type(), workload::WorkloadType::Cronjob);
+        assert_eq!(message.status(), workload::WorkloadStatus::Unhealthy);
+        assert_eq!(message.network_mode(), workload::NetworkMode::HostNetwork);
+        assert_eq!(message.services["shop/cart"].ports[0].target_port, 8080);
+        assert_eq!((message.capacity, message.uid.as_str()), (Some(7), "uid"));
+        assert_eq!(message.encode_to_vec(), wire);
+        let address = workload::Address::decode(&*text(1, &wire)).unwrap();
+        assert!(matches!(
+            address.r#type,
+            Some(workload::address::Type::Workload(_))
+        ));
+    }
+
+    #[test]
+    fn a_service_has_istios_field_numbers() {
+        let balancing = [text(1, &[4, 2]), number(2, 2), number(3, 1)].concat();
+        let wire = [
+            text(1, b"name"),
+            text(2, b"namespace"),
+            text(3, b"hostname"),
+            text(4, &[text(1, b"network"), text(2, &[10, 96, 0, 1])].concat()),
+            text(5, &[number(1, 80), number(2, 8080)].concat()),
+            text(6, b"spiffe://a/ns/b/sa/c"),
+            text(
+                7,
+                &[text(2, &text(2, &[10, 0, 0, 9])), number(3, 15008)].concat(),
+            ),
+            text(8, &balancing),
+            number(11, 1),
+        ]
+        .concat();
+        let message = workload::Service::decode(&*wire).unwrap();
+        let scopes: Vec<_> = message
+            .load_balancing
+            .as_ref()
+            .unwrap()
+            .routing_preference()
+            .collect();
+        use workload::load_balancing::Scope;
+        assert_eq!(scopes, [Scope::Node, Scope::Zone]);
+        assert_eq!(message.encode_to_vec(), wire);
+        let address = workload::Address::decode(&*text(2, &wire)).unwrap();
+        assert!(matches!(
+            address.r#type,
+            Some(workload::address::Type::Service(_))
+        ));
+    }
+
+    #[test]
+    fn a_policy_has_istios_field_numbers() {
+        let block = [text(1, &[10, 0, 0, 0]), number(2, 8)].concat();
+        let account = [text(1, b"ns"), text(2, b"sa")].concat();
+        let matching = [
+            text(1, &text(1, b"exact")),
+            text(2, &text(2, b"prefix")),
+            text(3, &text(3, b"suffix")),
+            text(4, &text(4, b"")),
+            text(5, &block),
+            text(6, &block),
+            text(7, &block),
+            text(8, &block),
+            text(9, &varint_bytes(80)),
+            text(10, &varint_bytes(8080)),
+            text(11, &account),
+            text(12, &account),
+        ]
+        .concat();
+        let wire = [
+            text(1, b"name"),
+            text(2, b"namespace"),
+            number(3, 2),
+            number(4, 1),
+            text(5, &text(1, &text(2, &matching))),
+            number(6, 1),
+        ]
+        .concat();
+        let message = security::Authorization::decode(&*wire).unwrap();
+        let condition = &message.rules[0].clauses[0].matches[0];
+        assert_eq!(condition.destination_ports, [80]);
+        assert_eq!(condition.not_service_accounts[0].service_account, "sa");
+        assert!(message.dry_run);
+        assert_eq!(message.encode_to_vec(), wire);
+    }
+
+    #[test]
+    fn a_certificate_request_has_istios_field_numbers() {
+        let field = [
+            text(1, b"ImpersonatedIdentity"),
+            text(2, &text(3, b"spiffe://x")),
+        ]
+        .concat();
+        let wire = [
+            text(1, b"csr"),
+            number(3, 86_400),
+            text(4, &text(1, &field)),
+        ]
+        .concat();
+        let message = auth::IstioCertificateRequest::decode(&*wire).unwrap();
+        assert_eq!(message.validity_duration, 86_400);
+        assert_eq!(message.encode_to_vec(), wire);
+        let chain = [text(1, b"leaf"), text(1, b"root")].concat();
+        let response = auth::IstioCertificateResponse::decode(&*chain).unwrap();
+        assert_eq!(response.cert_chain, ["leaf", "root"]);
+    }
+
+    #[test]
+    fn the_node_agents_messages_have_istios_field_numbers() {
+        let info = [text(1, b"name"), text(2, b"namespace"), text(3, b"account")].concat();
+        let add = text(1, &[text(1, b"uid"), text(2, &info)].concat());
+        for wire in [
+            add,
+            text(5, &text(1, b"uid")),
+            text(2, &text(2, b"uid")),
+            text(3, b""),
+        ] {
+            let message = zds::WorkloadRequest::decode(&*wire).unwrap();
+            assert!(message.payload.is_some());
+            assert_eq!(message.encode_to_vec(), wire);
+        }
+        let hello = zds::ZdsHello {
+            version: zds::Version::V1.into(),
+        };
+        assert_eq!(hello.encode_to_vec(), number(1, 1));
+    }
+}
