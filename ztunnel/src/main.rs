@@ -2,8 +2,8 @@
 //! sockets inside each pod's network namespace, one process on the node. This file wires the
 //! parts together; each part explains itself in its own module.
 //!
-//! Two runtimes: traffic has its own threads, so that discovery, certificates and the admin ports
-//! stay responsive when traffic is heavy, and the other way round.
+//! Traffic has its own threads, so that discovery, certificates and the admin ports stay responsive
+//! when traffic is heavy, and the other way round. Each pod belongs to one of them.
 #![deny(unsafe_code, unsafe_op_in_unsafe_fn)]
 
 mod admin;
@@ -98,14 +98,13 @@ fn main() -> ExitCode {
 fn run() -> Result<(), AnyError> {
     let config = Config::from_environment()?;
     log_format::start(config.log_format, &config.log_levels);
+    sys::keep_freed_memory();
     inpod::netns::remember_home()?;
     raise_descriptor_limit();
     let control = Builder::new_current_thread().enable_all().build()?;
-    let traffic = Builder::new_multi_thread()
-        .worker_threads(config.worker_threads)
-        .thread_name("traffic")
-        .enable_all()
-        .build()?;
+    let workers = workers(config.worker_threads)?;
+    // Readiness, the node agent, and the signals.
+    let steering = Builder::new_current_thread().enable_all().build()?;
 
     let state = Arc::new(SharedState::default());
     let metrics = Arc::new(Metrics::default());
@@ -135,6 +134,7 @@ fn run() -> Result<(), AnyError> {
         },
         pods: Mutex::default(),
         name_servers: name_servers(&config),
+        workers,
         state,
         certificates,
         metrics,
@@ -145,7 +145,22 @@ fn run() -> Result<(), AnyError> {
     });
     let quit = CancellationToken::new();
     run_control(control, &context, quit.clone())?;
-    traffic.block_on(serve(context, quit))
+    steering.block_on(serve(context, quit))
+}
+
+/// The threads that carry traffic, each with a runtime of its own: a connection's tasks wake each
+/// other without waking another thread.
+fn workers(count: usize) -> Result<Vec<Handle>, AnyError> {
+    (0..count)
+        .map(|number| {
+            let runtime = Builder::new_current_thread().enable_all().build()?;
+            let handle = runtime.handle().clone();
+            thread::Builder::new()
+                .name(format!("traffic-{number}"))
+                .spawn(move || runtime.block_on(std::future::pending::<()>()))?;
+            Ok(handle)
+        })
+        .collect()
 }
 
 /// Who is asked for names that the mesh does not know.

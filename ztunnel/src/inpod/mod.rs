@@ -196,6 +196,7 @@ impl PodManager {
             identity,
             sockets: PodSockets::new(namespace, config.original_source),
             connections: OpenConnections::default(),
+            worker: context.least_busy_worker(),
         };
         let proxy = PodProxy::start(&context, pod).map_err(NotServed::Listeners)?;
         info!(uid = add.uid, name = proxy.pod.name, namespace = %proxy.pod.namespace, "pod served");

@@ -26,6 +26,7 @@ use std::{
 
 use tokio::{
     net::{TcpListener, TcpStream},
+    runtime::Handle,
     sync::watch,
     time::{sleep, timeout},
 };
@@ -63,6 +64,8 @@ pub struct ProxyContext {
     pub tunnels: Arc<OpenTunnels>,
     /// Who answers for names that the mesh does not know.
     pub name_servers: Vec<SocketAddr>,
+    /// The runtimes of the threads that carry traffic.
+    pub workers: Vec<Handle>,
     /// The pods served, by uid.
     pub pods: Mutex<BTreeMap<String, Arc<Pod>>>,
     /// Every connection being served.
@@ -79,6 +82,8 @@ pub struct Pod {
     pub workload_uid: String,
     pub sockets: PodSockets,
     pub connections: OpenConnections,
+    /// Which of the workers carries its traffic.
+    pub worker: usize,
 }
 
 /// The listeners of one pod; dropping it closes them and lets connections go on.
@@ -92,6 +97,8 @@ impl PodProxy {
     /// Opens the listeners; when this returns, the pod's connections may be redirected.
     pub fn start(context: &Arc<ProxyContext>, pod: Pod) -> io::Result<Self> {
         let pod = Arc::new(pod);
+        // Sockets and tasks made from here on are the worker's, and so are all that they make.
+        let _entered = context.workers[pod.worker].enter();
         let open = |port| {
             let listener = pod.sockets.listen(port);
             listener.map_err(|error| io::Error::new(error.kind(), format!("port {port}: {error}")))
@@ -199,6 +206,14 @@ async fn accept<F>(
 }
 
 impl ProxyContext {
+    /// The worker with the fewest pods.
+    pub fn least_busy_worker(&self) -> usize {
+        let pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
+        (0..self.workers.len())
+            .min_by_key(|worker| pods.values().filter(|pod| pod.worker == *worker).count())
+            .unwrap_or(0)
+    }
+
     /// Whether an application has a connection open through this proxy.
     pub fn busy(&self) -> bool {
         let pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
