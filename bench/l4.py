@@ -6,6 +6,7 @@ nodes first in clear, then enrolled, and prints ratios; nothing is asserted.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -25,6 +26,10 @@ SECONDS = "4"
 
 def main() -> None:
     """Boot, measure, print a table, tear down."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--ztunnel", metavar="PATH", help="measure this node proxy, Istio's for example")
+    path = arguments.parse_args().ztunnel
+    proxy = ["--ztunnel", path] if path else []
     subprocess.run(["cargo", "build", "-q", "--release"], cwd=ROOT / "load", check=True)
     with tempfile.TemporaryDirectory() as home:
         environment = {
@@ -35,7 +40,7 @@ def main() -> None:
         try:
             for number in ("cold", "warm"):
                 start = time.monotonic()
-                run(environment, MESHLIGHT, "up", "--name", "bench", "--nodes", "6")
+                run(environment, MESHLIGHT, "up", "--name", "bench", "--nodes", "6", *proxy)
                 print(f"boot of 6 nodes, {number}: {time.monotonic() - start:.1f} s")
                 if number == "cold":
                     run(environment, MESHLIGHT, "down", "--name", "bench")
@@ -181,7 +186,11 @@ def cluster_processes(home: str) -> list[int]:
 
 def proxies(home: str) -> list[int]:
     """Host pids of the node proxies."""
-    return [p for p in cluster_processes(home) if "meshlight-ztunnel" in Path(f"/proc/{p}/cmdline").read_text()]
+
+    def program(pid: int) -> str:
+        return Path(Path(f"/proc/{pid}/cmdline").read_text().partition("\0")[0]).name
+
+    return [p for p in cluster_processes(home) if "ztunnel" in program(p)]
 
 
 def proxy_cpu(home: str) -> float:

@@ -60,6 +60,11 @@ def print_json(found: object) -> None:
     default=None,
     help="whether pods reach nothing outside the cluster  [default: they reach what this machine reaches]",
 )
+@click.option(
+    "--ztunnel",
+    type=click.Path(exists=True, dir_okay=False, executable=True, resolve_path=True),
+    help="run this program as the node proxy, Istio's ztunnel for example",
+)
 @click.option("--lifeline", type=int, metavar="FD", help="end the cluster when this inherited pipe is closed")
 @output_option
 def up(
@@ -69,6 +74,7 @@ def up(
     timeout: float,
     foreground: bool,
     isolated: bool | None,
+    ztunnel: str | None,
     lifeline: int | None,
     output: str,
 ) -> None:
@@ -82,6 +88,8 @@ def up(
     console = Console(highlight=False, stderr=output == "json")
     layout = Layout(name)
     begun = time.monotonic()
+    if ztunnel:
+        os.environ["MESHLIGHT_ZTUNNEL"] = ztunnel  # the cluster's processes inherit it
 
     def progress(part: str) -> None:
         console.print(f"[green]✓[/green] {part}  [dim]{time.monotonic() - begun:.1f} s[/dim]")

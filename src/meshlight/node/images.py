@@ -7,6 +7,7 @@ ConfigMap kube-system/meshlight-images, whose keys are image patterns and values
 from __future__ import annotations
 
 import fnmatch
+import os
 import shlex
 import shutil
 import sys
@@ -25,8 +26,14 @@ class UnknownImage(Exception):
     """No program is known for the image; the message says how to map it."""
 
 
+ZTUNNEL = "MESHLIGHT_ZTUNNEL"
+"""Environment variable with the path of another node proxy, Istio's for example."""
+
+
 def ztunnel() -> str:
-    """The data plane's binary: beside the interpreter, or on PATH."""
+    """The data plane's binary: the one named in the environment, else beside the interpreter, or on PATH."""
+    if other := os.environ.get(ZTUNNEL):
+        return other
     beside = Path(sys.executable).with_name("meshlight-ztunnel")
     return str(beside) if beside.exists() else shutil.which("meshlight-ztunnel") or str(beside)
 
