@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Cluster, pod, service, wait_until
+from clusters import Cluster, pod, service, wait_until
 
 PROGRAMS = str(Path(__file__).with_name("programs.py"))
 pytestmark = pytest.mark.xdist_group("cluster")
