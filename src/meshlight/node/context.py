@@ -18,6 +18,7 @@ from meshlight.node.oci.store import ImageStore
 from meshlight.node.policies import Policies
 from meshlight.node.references import References
 from meshlight.node.rootfs import Machine
+from meshlight.node.runtime import Nursery
 
 _STARTS_AT_ONCE = 4
 
@@ -44,6 +45,7 @@ class NodeContext:
     policies: Policies
     images: ImageStore
     registries: Mapping[str, str]
+    nursery: Nursery = field(default_factory=Nursery)
     starts: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_STARTS_AT_ONCE))
     """Bounds how many pods start at the same time, so that a boot does not thrash."""
 

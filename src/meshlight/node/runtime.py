@@ -11,14 +11,17 @@ import marshal
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-_BOOT = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import sandbox; sandbox.main()"
-"""Imported rather than run as a script: its compiled form is cached, which saves 2 MB and 10 ms a pod."""
+_BOOT = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import sandbox; sandbox.nursery()"
+"""Imported rather than run as a script: its compiled form is cached."""
+_PATIENCE = 20.0
+"""Seconds for a pod's pid 1 to come up."""
 EXITS = Path("/run/meshlight/exits")
 _BUFFER = 4 * 1024 * 1024
 _SO_SNDBUFFORCE = 32
@@ -97,6 +100,65 @@ class Attempt:
     """Its mount namespace, as the kernel names it."""
 
 
+class Nursery:
+    """The process that forks pods' pid 1s; started when the first is wanted, and again if it is gone."""
+
+    def __init__(self) -> None:
+        self._sock: socket.socket | None = None
+
+    def _start(self) -> socket.socket:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _BOOT], stdin=theirs.fileno(), start_new_session=True
+            )
+        ours.setblocking(False)
+        self._sock = ours
+        return ours
+
+    async def bear(self, folder: Path, hostname: str, netns: str | None) -> int:
+        """Make a pid 1 in a network namespace (None: our own); returns its pid. Raises SandboxError."""
+        request = marshal.dumps((str(folder), hostname, f"/run/netns/{netns}" if netns else ""))
+        read, write = os.pipe()
+        try:
+            try:
+                socket.send_fds(self._sock or self._start(), [request], [write])
+            except (BrokenPipeError, ConnectionError):  # it was killed
+                if self._sock is not None:
+                    self._sock.close()
+                socket.send_fds(self._start(), [request], [write])
+        except OSError as error:
+            os.close(read)
+            raise SandboxError("CreatePodSandboxError", f"pid 1 cannot be made: {error}") from error
+        finally:
+            os.close(write)
+        said = await _read_once(read)
+        if not said:
+            raise SandboxError("CreatePodSandboxError", "pid 1 of the pod did not come up")
+        return int(said)
+
+
+async def _read_once(descriptor: int) -> bytes:
+    """What a pipe has next; nothing when it ends or stays silent for too long. Closes it."""
+    loop = asyncio.get_running_loop()
+    readable: asyncio.Future[None] = loop.create_future()
+
+    def ready() -> None:
+        loop.remove_reader(descriptor)
+        if not readable.done():
+            readable.set_result(None)
+
+    loop.add_reader(descriptor, ready)
+    try:
+        await asyncio.wait_for(readable, _PATIENCE)
+        return os.read(descriptor, 64)
+    except TimeoutError:
+        return b""
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+
+
 class Sandbox:
     """A connection to one pod's pid 1. `on_change` is called when a container or pid 1 itself ended."""
 
@@ -117,25 +179,16 @@ class Sandbox:
 
     @classmethod
     async def create(
-        cls, folder: Path, hostname: str, netns: str | None, on_change: Callable[[], None]
+        cls, nursery: Nursery, folder: Path, hostname: str, netns: str | None, on_change: Callable[[], None]
     ) -> Sandbox:
         """Start a pod's pid 1 in the named network namespace, or in our own. Raises SandboxError."""
         _prepare(folder)
-        command = ["nsenter", f"--net=/run/netns/{netns}"] if netns else []
-        # A pod of the node's own network has the machine's host name too.
-        command += ["unshare", "--ipc", "--pid", *(["--uts"] if netns else []), "--"]
-        command += [sys.executable, "-I", "-S", "-c", _BOOT, str(folder), hostname if netns else ""]
-        process = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, start_new_session=True
-        )
-        said, _ = await process.communicate()
-        if process.returncode or not said:
-            raise SandboxError("CreatePodSandboxError", f"pid 1 of the pod ended with {process.returncode}")
-        (folder / "sandbox.pid").write_text(said.decode())
+        pid = await nursery.bear(folder, hostname, netns)
+        (folder / "sandbox.pid").write_text(str(pid))
         found = await cls.adopt(folder, on_change)
         if found is None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(said), signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
             raise SandboxError("CreatePodSandboxError", "pid 1 of the pod does not answer")
         return found
 

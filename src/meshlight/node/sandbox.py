@@ -1,7 +1,7 @@
 """Pid 1 of a pod: starts its containers, reaps and logs them, so that they outlive the node agent.
 
-Run alone (`python -I -S -c "import sandbox; …" FOLDER HOSTNAME`) in the pod's network, UTS, IPC and PID
-namespaces: it must start in milliseconds and stay small, hence no imports beyond C modules. It
+Run alone (`python -I -S -c "import sandbox; …"`) it is a nursery: it forks pid 1s into pods' network, UTS, IPC
+and PID namespaces. They must start in milliseconds and stay small, hence no imports beyond C modules. Each
 listens on `FOLDER/sandbox.sock` (SOCK_SEQPACKET; each message is a marshalled dict) and obeys whoever
 connects; it decides nothing by itself. It knows nothing of Kubernetes objects.
 
@@ -19,6 +19,7 @@ import _signal  # type: ignore[import-not-found]
 import _socket
 import ctypes
 import fcntl
+import gc
 import marshal
 import os
 import select
@@ -41,6 +42,8 @@ from container_root import (  # type: ignore[import-not-found]
 
 Record = dict[str, Any]
 
+CLONE_NEWUTS, CLONE_NEWIPC = 0x04000000, 0x08000000
+CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
 PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 4, 24, 38
 TIOCSCTTY, TIOCSPTLCK, TIOCGPTPEER = 0x540E, 0x40045431, 0x5441
 CHUNK = 65536
@@ -585,25 +588,62 @@ class Sandbox:
         log("processes of a container do not end", container.record["name"])
 
 
-def main() -> None:
-    """Fork pid 1 of the PID namespace that was unshared for us; print its pid once it listens."""
-    folder, hostname = sys.argv[1:3]
-    ready, announce = os.pipe()
-    if os.fork():
-        os.close(announce)
-        os.write(1, os.read(ready, 64))
-        os._exit(0)
-    os.close(ready)
+def become_pid_1(folder: str, hostname: str, announce: int) -> None:
+    """The life of a pod's pid 1; tells its pid, as the machine sees it, once it listens."""
     os.setsid()
     own_pid = os.readlink("/proc/self")
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     if hostname:
         _socket.sethostname(hostname)
-    null = os.open("/dev/null", os.O_RDWR)
-    os.dup2(null, 0)
-    os.dup2(null, 1)
-    os.close(null)
     sandbox = Sandbox(folder)
     os.write(announce, own_pid.encode())
     os.close(announce)
     sandbox.run()
+
+
+def bring_up(folder: str, hostname: str, netns: str, report: int) -> None:
+    """Enter a pod's namespaces and fork its pid 1 there; never returns."""
+    try:
+        if netns:
+            descriptor = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
+            checked(libc.setns(descriptor, CLONE_NEWNET), "setns")
+            os.close(descriptor)
+        # A pod of the node's own network has the machine's host name too.
+        own = CLONE_NEWIPC | CLONE_NEWPID | (CLONE_NEWUTS if netns else 0)
+        checked(libc.unshare(own), "unshare")
+        ready, announce = os.pipe()
+        if os.fork():
+            os.close(announce)
+            os.write(report, os.read(ready, 64))
+            os._exit(0)
+        os.close(ready)
+        os.close(report)
+        become_pid_1(folder, hostname if netns else "", announce)
+    except BaseException as error:
+        log("pid 1 of a pod cannot be made", error)
+    os._exit(1)
+
+
+def nursery() -> None:
+    """Fork pid 1s on request, for as long as the node agent keeps its end of the socket at descriptor 0.
+
+    A request is a marshalled (folder, host name, path of the network namespace or "") with a pipe to report
+    to. A process that has everything in memory makes a pid 1 in a few milliseconds, and all share that memory.
+    """
+    sock = _socket.socket(fileno=os.dup(0))
+    null = os.open("/dev/null", os.O_RDWR)
+    for number in (0, 1):
+        os.dup2(null, number)
+    os.close(null)
+    _signal.signal(_signal.SIGCHLD, _signal.SIG_IGN)
+    gc.freeze()
+    while True:
+        raw, ancillary, _, _ = sock.recvmsg(65536, _socket.CMSG_SPACE(4))
+        if not raw:
+            os._exit(0)
+        report = int.from_bytes(ancillary[0][2][:4], sys.byteorder)
+        if os.fork() == 0:
+            os.close(sock.detach())
+            folder, hostname, netns = marshal.loads(raw)
+            bring_up(folder, hostname, netns, report)
+        os.close(report)

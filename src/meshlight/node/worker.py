@@ -225,7 +225,8 @@ class PodWorker:
         """Say at once that what ran in an earlier start of the node runs no more."""
         while not self.settled.is_set():
             try:
-                if self.sandbox is None and not self._gone and self.pod.get("status"):
+                begun = (self.pod.get("status") or {}).get("startTime")
+                if self.sandbox is None and not self._gone and begun:
                     await self._tell()
                 self.settled.set()
             except ApiUnreachable:
@@ -335,7 +336,8 @@ class PodWorker:
         if not self._host_network():
             await self.node.policies.protect(self.pod, both(self.execution.address))
         netns = None if self._host_network() else self.uid
-        self.sandbox = await Sandbox.create(self.folder, resolver.hostname(self.pod), netns, self._wake.set)
+        hostname = resolver.hostname(self.pod)
+        self.sandbox = await Sandbox.create(self.node.nursery, self.folder, hostname, netns, self._wake.set)
         for state in self.containers.values():
             state.floor = (state.last.attempt + 1) if state.last else 0
         await self._tell()  # the address is known before anything runs: the mesh can take the pod in
