@@ -14,8 +14,8 @@ import functools
 import hashlib
 import ipaddress
 import json
-import os
 import socket
+import threading
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -279,7 +279,7 @@ class PodNetwork:
         inner = []
         if not _has_interface(link):
             # Made from within, its other end in the node: two runs of `ip` instead of three.
-            peer = f"peer name {link} address {_NODE_MAC} netns {os.getpid()}"
+            peer = f"peer name {link} address {_NODE_MAC} netns {threading.get_native_id()}"
             inner.append(f"link add eth0 address {mac} type veth {peer}")
         six = addresses.has_ipv6()
         address6, gateway6 = addresses.second(address), addresses.second(gateway)
