@@ -41,11 +41,12 @@ check: setup ## formatters, linters, type checkers
 	$(BIN)/mypy
 	cd ztunnel && cargo fmt --check && cargo clippy --release -q -- -D warnings
 
-bench: setup ## boot, memory, the L4 path as ratios against the direct path, the API server and istiod
+bench: setup ## boot, memory, the L4 path as ratios against the direct path, the API server, istiod and pods' start
 	$(BIN)/python bench/l4.py
 	$(BIN)/python bench/l7.py
 	$(BIN)/python bench/api.py
 	$(BIN)/python bench/controlplane.py
+	$(BIN)/python bench/pods.py
 
 docs: ## where the documentation is
 	@ls README.md CONTRIBUTING.md docs/*.md docs/adr/*.md
