@@ -199,6 +199,15 @@ def test_a_waypoint_before_an_entry(index: Index) -> None:
     assert waypoint.hostname.hostname == "egress.shop.svc.cluster.local"
 
 
+def test_what_cannot_be_compiled_keeps_nothing_else_back(index: Index) -> None:
+    apply(index, entry(addresses=["192.0.2.1"]))
+    broken = entry(addresses=["192.0.2.2"], ports=[{"number": "many", "name": "x"}])
+    changed, _ = names(apply(index, broken, pod(), machine()))
+    assert {"Kubernetes//Pod/shop/web-1", "Kubernetes/networking.istio.io/WorkloadEntry/shop/vm-1"} <= changed
+    assert [failure.key for failure in index.failures] == [ObjectKey("shop", "ext")]
+    assert addresses(published_service(index, "shop/api.example.com")) == ["192.0.2.1"], "the last good state"
+
+
 class TestAllocation:
     def test_addresses_are_given_once_and_stay(self) -> None:
         allocation, key = Allocation(), ObjectKey("shop", "ext")

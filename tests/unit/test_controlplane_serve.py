@@ -246,8 +246,8 @@ async def test_what_proxies_acknowledge_is_seen(istiod: Istiod) -> None:
         page = await eventually(istiod, "/debug/syncz", '"ERROR"')
         assert "no such field" in page
         metrics = (await read(istiod, "/metrics"))[1]
-        assert 'pilot_total_xds_rejects{type="istio.security.Authorization"} 1.0' in metrics
-        assert 'pilot_xds_pushes{type="istio.security.Authorization"} 2.0' in metrics
+        assert 'pilot_total_xds_rejects{type="wads"} 1.0' in metrics
+        assert 'pilot_xds_pushes{type="wads"} 2.0' in metrics
         assert 'pilot_xds{version="0.1.0"} 1.0' in metrics
         findings = (await read(istiod, "/debug/authorizationz"))[1]
         assert "spec.rules[0].to[0].operation.methods" in findings

@@ -124,13 +124,24 @@ class Discovery:
 
     def _push(self) -> None:
         self._changed.clear()
+        begun = time.monotonic()
         changes, of_proxies = self.index.commit(), self.envoy.commit()
+        for failure in self.index.failures:
+            self.metrics.internal_errors.inc()
+            log.error(
+                "object could not be compiled; what proxies have of it stays",
+                key=failure.key,
+                error=failure.error,
+            )
+        self.index.failures.clear()
         for callback in self._on_commit:
             callback()
         if not changes and not of_proxies:
             return
         since = self._first_change
-        self.metrics.debounce.observe(max(time.monotonic() - since, 0))
+        self.metrics.debounce.observe(max(begun - since, 0))
+        for type_url in {*changes, *(url for change in of_proxies.values() for url in change)}:
+            self.metrics.push_triggers.inc(metric_type(type_url))
         self.metrics.services.set(self.index.service_count())
         for connection in self.connections:
             gateway = connection.session.proxy.gateway
@@ -174,7 +185,7 @@ class Discovery:
         fresh = request.type_url not in session.subscriptions
         rejection = session.receive(request, time.time())
         if rejection is not None:
-            self.metrics.rejects.inc(short_name(rejection.type_url))
+            self.metrics.rejects.inc(metric_type(rejection.type_url))
             for callback in self._on_verdict:
                 callback(connection, rejection)
             log.warn(
@@ -205,8 +216,8 @@ class Discovery:
     def sent(self, connection: Connection, response: Response) -> None:
         """Account for a response that left."""
         name = short_name(response.type_url)
-        self.metrics.pushes.inc(name)
-        self.metrics.sizes.labels(type=name).observe(len(response.encoded))
+        self.metrics.pushes.inc(metric_type(response.type_url))
+        self.metrics.sizes.labels(type=metric_type(response.type_url)).observe(len(response.encoded))
         log.debug(
             "response sent",
             proxy=connection.session.proxy.id,
@@ -222,6 +233,18 @@ class Discovery:
         if connection.owed_since is not None and not connection.owed.is_set():
             self.metrics.convergence.observe(time.monotonic() - connection.owed_since)
             connection.owed_since = None
+
+
+_METRIC_TYPES = {
+    "Cluster": "cds", "Listener": "lds", "RouteConfiguration": "rds", "ClusterLoadAssignment": "eds",
+    "Secret": "sds", "TypedExtensionConfig": "ecds", "Address": "wds", "Workload": "wds",
+    "Authorization": "wads",
+}  # fmt: skip
+
+
+def metric_type(type_url: str) -> str:
+    """A type as Istio's metrics name it: `cds`, `wds` …; one they do not know by its URL."""
+    return _METRIC_TYPES.get(type_url.rpartition(".")[2], type_url)
 
 
 def short_name(type_url: str) -> str:

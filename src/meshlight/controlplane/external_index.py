@@ -14,7 +14,7 @@ from meshlight.controlplane.external import Member, ServiceEntry, WorkloadEntry
 from meshlight.controlplane.facts import ObjectKey, Pod, Service, address_text
 from meshlight.controlplane.groups import Groups
 from meshlight.controlplane.policy_index import PolicyIndex, Selection
-from meshlight.controlplane.publication import Publication
+from meshlight.controlplane.publication import Failure, Publication, attempt
 from meshlight.controlplane.resources import ADDRESS_TYPE
 from meshlight.controlplane.settings import Mesh
 from meshlight.controlplane.waypoints import Touched, WaypointIndex
@@ -222,19 +222,19 @@ class ExternalIndex:
 
     # Compilation.
 
-    def commit(self) -> None:
-        """Publish what was touched."""
+    def commit(self) -> list[Failure]:
+        """Publish what was touched; answers with what could not be compiled."""
         # An entry that loses or wins a host changes the memberships of those it selects.
         for key in self._touched_entries:
             entry = self._entries.get(key)
             if entry is not None and entry.selector:
                 self._touch_workloads(key.namespace, entry.selector)
-        for key in sorted(self._touched_entries, key=lambda k: k in self._entries):
-            self._publish_entry(key)
-        for key in self._touched_workloads:
-            self._publish_workload_entry(key)
+        ordered = sorted(self._touched_entries, key=lambda k: k in self._entries)
+        failures = attempt(ordered, self._publish_entry)
+        failures += attempt(self._touched_workloads, self._publish_workload_entry)
         self._touched_entries.clear()
         self._touched_workloads.clear()
+        return failures
 
     def _publish_entry(self, key: ObjectKey) -> None:
         entry, published = self._entries.get(key), set()

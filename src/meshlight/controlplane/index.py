@@ -17,7 +17,7 @@ from meshlight.controlplane.groups import Groups
 from meshlight.controlplane.peer_authentication import is_converted
 from meshlight.controlplane.policy import TrustDomains
 from meshlight.controlplane.policy_index import Effect, PolicyIndex, Selection
-from meshlight.controlplane.publication import Publication
+from meshlight.controlplane.publication import Failure, Publication, attempt
 from meshlight.controlplane.resources import ADDRESS_TYPE, AUTHORIZATION_TYPE, Changes
 from meshlight.controlplane.settings import Mesh
 from meshlight.controlplane.waypoints import GATEWAY_NAME, Touched, WaypointIndex
@@ -34,6 +34,7 @@ class Index:
             mesh.root_namespace, TrustDomains(mesh.trust_domain, mesh.trust_domain_aliases)
         )
         self.waypoints = WaypointIndex(mesh)
+        self.failures: list[Failure] = []
         self._publication = Publication()
         self.collections = self._publication.collections
         self.external = ExternalIndex(mesh, self.policies, self.waypoints, self._publication)
@@ -124,19 +125,16 @@ class Index:
 
     def commit(self) -> Changes:
         """Compile what was touched; returns what differs from what was published before."""
-        for key in self._touched_services:
-            self._publish_service(key)
-        self.external.commit()
-        for key in self._touched_pods:
-            self._publish_pod(key)
-        for key in self._touched_slices:
-            self._publish_bare_endpoints(key)
-        for key in self._touched_policies:
-            authorization = self.policies.authorization(key)
-            if authorization is None:
-                self._publication.withdraw(AUTHORIZATION_TYPE, str(key))
-            else:
-                self._publication.policy(authorization)
+        compiled: tuple[tuple[set[ObjectKey], Callable[[ObjectKey], None]], ...] = (
+            (self._touched_services, self._publish_service),
+            (self._touched_pods, self._publish_pod),
+            (self._touched_slices, self._publish_bare_endpoints),
+            (self._touched_policies, self._publish_policy),
+        )
+        for keys, compiling in compiled:
+            self.failures += attempt(keys, compiling)
+            if keys is self._touched_services:
+                self.failures += self.external.commit()
         for touched in (
             self._touched_pods,
             self._touched_services,
@@ -284,6 +282,13 @@ class Index:
         if waypoint := self.waypoints.of_service(key):
             message.waypoint.CopyFrom(self.waypoints.address(waypoint))
         self._publication.service(name, message)
+
+    def _publish_policy(self, key: ObjectKey) -> None:
+        authorization = self.policies.authorization(key)
+        if authorization is None:
+            self._publication.withdraw(AUTHORIZATION_TYPE, str(key))
+        else:
+            self._publication.policy(authorization)
 
     def _publish_pod(self, key: ObjectKey) -> None:
         pod = self._pods.get(key)

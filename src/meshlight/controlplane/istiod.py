@@ -67,6 +67,7 @@ WATCHED = (
     TELEMETRIES,
 )  # fmt: skip
 
+_REGISTRY = ("Pod", "Node", "Service", "EndpointSlice", "Namespace")
 _Callback = Callable[[Object | None, Object | None], None]
 
 log = Scope("istiod")
@@ -111,7 +112,8 @@ class Istiod:
         def changed(old: Object | None, new: Object | None) -> None:
             key = ObjectKey.of(new or old or {})
             event = "delete" if new is None else "update" if old is not None else "add"
-            self._metrics.object_changes.inc(kind, event)
+            counted = self._metrics.registry_changes if kind in _REGISTRY else self._metrics.object_changes
+            counted.inc(kind, event)
             if kind == "Pod":
                 self._nodes.observe(key, new)
             self._scope.observe(kind, key, new)

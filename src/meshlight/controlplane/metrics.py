@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
@@ -65,11 +66,24 @@ class Metrics:
             ("type",),
         )
         self.object_changes = Count(
-            registry, "pilot_k8s_cfg_events", "Changes of Kubernetes objects.", ("type", "event")
+            registry, "pilot_k8s_cfg_events", "Changes of configuration objects.", ("type", "event")
         )
         self.unreadable_objects = Count(
             registry, "pilot_k8s_object_errors", "Objects that could not be read and were left out.", ("type",)
         )
+        self.push_triggers = Count(
+            registry, "pilot_push_triggers", "Batches of changes pushed, by resource type.", ("type",)
+        )
+        self.registry_changes = Count(
+            registry, "pilot_k8s_reg_events", "Changes of pods, services and nodes.", ("type", "event")
+        )
+        self.internal_errors = Count(
+            registry, "pilot_total_xds_internal_errors", "Objects that could not be compiled."
+        )
+        ProcessCollector(registry=registry)
+        started = time.monotonic()
+        uptime = Gauge("istiod_uptime_seconds", "Current istiod server uptime in seconds", registry=registry)
+        uptime.set_function(lambda: time.monotonic() - started)
         self.convergence = Histogram(
             "pilot_proxy_convergence_time",
             "Delay in seconds between config change and a proxy receiving all required configuration.",

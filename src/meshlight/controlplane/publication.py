@@ -6,7 +6,10 @@ nothing of where messages come from. Pure.
 
 from __future__ import annotations
 
-from meshlight.controlplane.facts import address_text
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from meshlight.controlplane.facts import ObjectKey, address_text
 from meshlight.controlplane.resources import (
     ADDRESS_TYPE,
     AUTHORIZATION_TYPE,
@@ -18,6 +21,25 @@ from meshlight.controlplane.resources import (
 )
 from meshlight.proto import authorization_pb2 as rbac
 from meshlight.proto import workload_pb2 as wds
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An object that could not be compiled; what was published of it before stays."""
+
+    key: ObjectKey
+    error: str
+
+
+def attempt(keys: Iterable[ObjectKey], compiling: Callable[[ObjectKey], None]) -> list[Failure]:
+    """Compile each; one that fails does not keep the others from their proxies."""
+    failures = []
+    for key in keys:
+        try:
+            compiling(key)
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+            failures.append(Failure(key, repr(error)))
+    return failures
 
 
 class Publication:
