@@ -112,7 +112,7 @@ def test_down_leaves_nothing_and_up_again_keeps_the_objects(tmp_path: Path) -> N
         # Ready means ready in this start of the cluster, whatever the last one left in the API.
         system = [p for p in made.get("pods", "-A")["items"] if p["metadata"]["namespace"] != "default"]
         conditions = [c for p in system for c in p["status"]["conditions"] if c["type"] == "Ready"]
-        assert [c["status"] for c in conditions] == ["True"] * 3
+        assert {c["status"] for c in conditions} == {"True"} and len(conditions) > 2
         for status in [c for p in system for c in p["status"]["containerStatuses"]]:
             assert datetime.fromisoformat(status["state"]["running"]["startedAt"]) >= before, status
             assert status["restartCount"] == 1

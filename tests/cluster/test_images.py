@@ -155,13 +155,14 @@ def test_pulls_that_fail_say_why_and_are_tried_again(
     cluster: Cluster, namespace: str, registries: dict[str, str]
 ) -> None:
     built = build("damaged\n")
+    built.tag = "damaged"  # what another test pulled stays pulled
     whole = dict(built.blobs)
     damaged = next(d for d, c in whole.items() if c.startswith(b"\x1f\x8b") and len(c) < 2000)
     built.blobs[damaged] = built.blobs[damaged][:-9] + b"something"
     with Registry(built) as registry:
         name_registry(cluster, registry)
         cluster.apply(
-            image_pod("damaged", namespace, "registry.test:5000/team/app:1.0"),
+            image_pod("damaged", namespace, "registry.test:5000/team/app:damaged"),
             image_pod("missing", namespace, "registry.test:5000/team/none:1.0"),
             image_pod("never", namespace, "registry.test:5000/team/app:other", "Never"),
             image_pod("wrong", namespace, "oci:relative/path"),

@@ -36,6 +36,13 @@ def test_a_store_that_is_damaged_ends_the_boot_with_its_name(tmp_path: Path) -> 
         with sqlite3.connect(store):
             pass
         made.meshlight("up", "--name", "damaged", "--nodes", "1", timeout=180)
+        # Nor is one lost whose record is: `up` was killed before it wrote one, or the file is damaged.
+        record = json.loads((made.state / "cluster.json").read_text())
+        (made.state / "cluster.json").write_text(json.dumps({**record, "supervisor_pid": 0}))
+        made.meshlight("up", "--name", "damaged", timeout=180)
+        assert made.supervisor_pid != record["supervisor_pid"]
+        assert len(processes("meshlight.kube.server --state " + str(made.state))) == 1
+        (made.state / "cluster.json").write_text("{")
     finally:
         made.meshlight("down", "--name", "damaged", "--purge", check=False)
     assert machine(made.state) == clean

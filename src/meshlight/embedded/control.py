@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import socket
+import struct
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +62,18 @@ async def serve(state: Path, obey: Callable[[Message], Awaitable[Message]]) -> a
         finally:
             os.umask(before)
     return await asyncio.start_unix_server(conversation, sock=listener, limit=_LINE)
+
+
+def peer(state: Path) -> int:
+    """The pid, as we see it, of the supervisor that listens for this state directory; 0 if there is none."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stream, _short(state) as path:
+            stream.settimeout(_TIMEOUT)
+            stream.connect(path)
+            pid, _, _ = struct.unpack("3i", stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            return int(pid)
+    except OSError:
+        return 0
 
 
 def ask(state: Path, request: Message) -> Message:

@@ -17,10 +17,10 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from meshlight.embedded import outlet, pki
+from meshlight.embedded import control, outlet, pki
 from meshlight.embedded.layout import Layout, LayoutError, Record, start_time
 from meshlight.node import cgroups
 from meshlight.node.oci.store import remove_tree
@@ -100,6 +100,7 @@ def start(
                 _unchanged(before, nodes, api_port)
                 outlet.spawn(layout, before.supervisor_pid)  # should it have died; one alive stays the only one
                 return before, False
+            _end_orphan(layout)
             cgroups.clear(layout.state)
             return _launch(layout, before, nodes, api_port, lifeline, isolated), True
     except BaseException as error:
@@ -216,6 +217,27 @@ def tail(path: Path, lines: int = 5) -> str:
     return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
 
 
+def _end_orphan(layout: Layout, timeout: float = 20) -> bool:
+    """End a supervisor that the record does not know, as when `up` was killed before it wrote one."""
+    pid = control.peer(layout.state)
+    if not pid:
+        return False
+    _end(Record(layout.name, 0, 0, pid, start_time(pid)), timeout)
+    outlet.wait_until_gone(layout)
+    return True
+
+
+def _end(record: Record, timeout: float) -> None:
+    """SIGTERM to the supervisor, and SIGKILL when it is not gone in time; returns when it is."""
+    deadline = time.monotonic() + timeout
+    with suppress(ProcessLookupError):
+        os.kill(record.supervisor_pid, signal.SIGTERM)
+        while record.running():
+            if time.monotonic() > deadline:
+                os.kill(record.supervisor_pid, signal.SIGKILL)
+            time.sleep(0.02)
+
+
 def stop(layout: Layout, *, purge: bool, timeout: float = 20) -> bool:
     """Stop the cluster; returns whether it was running. With `purge` its state goes too.
 
@@ -230,16 +252,13 @@ def stop(layout: Layout, *, purge: bool, timeout: float = 20) -> bool:
         except LayoutError:
             if not purge:
                 raise
-            record = None  # whatever ran by it ends with its files
+            record = None
         was_running = record is not None and record.running()
         if record and was_running:
-            os.kill(record.supervisor_pid, signal.SIGTERM)
-            deadline = time.monotonic() + timeout
-            while record.running():
-                if time.monotonic() > deadline:
-                    os.kill(record.supervisor_pid, signal.SIGKILL)
-                time.sleep(0.02)
+            _end(record, timeout)
             outlet.wait_until_gone(layout)
+        elif _end_orphan(layout, timeout):
+            was_running = True
         cgroups.clear(layout.state)
         if record:
             record.supervisor_pid = record.supervisor_started = 0
