@@ -265,3 +265,17 @@ def test_claims_wait_for_their_pod_and_keep_what_it_wrote(cluster: Cluster, name
         lambda: cluster.get("pv", f"kept-{namespace}")["status"]["phase"] == "Released", what="it is released"
     )
     cluster.kubectl("delete", "pv", f"kept-{namespace}", "--timeout=60s")
+
+
+def test_an_autoscaler_follows_what_is_used(cluster: Cluster, namespace: str) -> None:
+    item = deployment("burn", namespace, 1)
+    container = item["spec"]["template"]["spec"]["containers"][0]
+    container["command"] = ["sh", "-c", "while :; do :; done"]
+    container["resources"] = {"requests": {"cpu": "10m"}, "limits": {"cpu": "50m"}}
+    cluster.apply(item)
+    cluster.kubectl("rollout", "status", "deploy/burn", "-n", namespace, "--timeout=60s")
+    cluster.kubectl("autoscale", "deploy", "burn", "-n", namespace, "--min=1", "--max=2", "--cpu-percent=50")
+    wait_until(
+        lambda: cluster.get("deploy", "burn", "-n", namespace)["spec"]["replicas"] == 2, what="a second replica"
+    )
+    wait_until(lambda: "SuccessfulRescale" in events(cluster, namespace, "burn"), what="an Event")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from meshlight.controllers.autoscaler import Autoscalers
 from meshlight.controllers.cronjob import CronJobs
 from meshlight.controllers.daemonset import DaemonSets
 from meshlight.controllers.deployment import Deployments
@@ -41,6 +42,7 @@ COMPONENTS = {
     "statefulset": "statefulset-controller",
     "job": "job-controller",
     "cronjob": "cronjob-controller",
+    "autoscaler": "horizontal-pod-autoscaler",
 }
 """Names of the controllers in Events."""
 
@@ -113,6 +115,7 @@ class Assembly:
             PersistentVolumes(client, claims, volumes, classes, nodes, pods.cache, cluster, disk),
             NodeLifecycle(client, nodes, cache(resources.LEASES), pods.cache),
             TaintEviction(client, pods, nodes, cluster),
+            Autoscalers(client, cache(resources.AUTOSCALERS), pods.cache, says["autoscaler"]),
             Disruption(client, budgets, pods, self.expected),
             Quotas(client, quotas, pods, claims, counted),
             EndpointSlices(client, services, pods.cache, slices, endpoints, nodes),

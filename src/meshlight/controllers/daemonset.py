@@ -7,6 +7,7 @@ that resources and priorities count for it as for others.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -43,6 +44,8 @@ _TOLERATED = (
     ("node.kubernetes.io/pid-pressure", "NoSchedule"),
     ("node.kubernetes.io/unschedulable", "NoSchedule"),
 )
+_LONGEST_BACKOFF = 900.0
+"""Seconds at most between two tries of a pod that ends by itself."""
 _NETWORK = ("node.kubernetes.io/network-unavailable", "NoSchedule")
 
 
@@ -231,12 +234,15 @@ class DaemonSets:
         self.client, self.items, self.pods, self.nodes = client, items, pods, nodes
         self.revisions, self.recorder = Revisions(revisions, "DaemonSet"), recorder
         self.queue = WorkQueue("daemonset", self.reconcile)
+        self._ended: dict[tuple[str, str], tuple[int, float]] = {}
         items.on_change(self._changed)
         pods.cache.on_change(self._pod_changed)
         nodes.on_change(self._node_changed)
 
     def _changed(self, old: Object | None, new: Object | None) -> None:
         metadata = (new or old or {})["metadata"]
+        if new is None:
+            self._ended = {k: v for k, v in self._ended.items() if k[0] != metadata["uid"]}
         self.queue.add((metadata["namespace"], metadata["name"]))
 
     def _node_changed(self, old: Object | None, new: Object | None) -> None:
@@ -289,7 +295,8 @@ class DaemonSets:
         return by_node(self.pods.of(item["metadata"]["uid"]))
 
     async def _do(self, item: Object, digest: str, steps: Placement) -> None:
-        for pod in steps.failed:
+        failed = [p for p in steps.failed if self._may_replace(item, p)]
+        for pod in failed:
             name, node = pod["metadata"]["name"], node_of(pod)
             if phase(pod) == "Failed":
                 words = f"Found failed daemon pod {pod['metadata']['namespace']}/{name} on node {node}, "
@@ -297,8 +304,20 @@ class DaemonSets:
             else:
                 words = f"Found succeeded daemon pod {pod['metadata']['namespace']}/{name} on node {node}, "
                 self.recorder.record(item, "Normal", "SucceededDaemonPod", words + "will try to delete it")
-        await side_by_side(partial(self._delete, item, p) for p in (*steps.delete, *steps.failed))
+        await side_by_side(partial(self._delete, item, p) for p in (*steps.delete, *failed))
         await side_by_side(partial(self._create, item, digest, n) for n in steps.create)
+
+    def _may_replace(self, item: Object, pod: Object) -> bool:
+        """Whether an ended pod is replaced now: later and later where they end again and again."""
+        place, now = (item["metadata"]["uid"], node_of(pod)), time.monotonic()
+        count, until = self._ended.get(place, (0, 0.0))
+        if now < until:
+            self.queue.add_after((item["metadata"]["namespace"], item["metadata"]["name"]), until - now)
+            return False
+        if now > until + 2 * _LONGEST_BACKOFF:
+            count = 0
+        self._ended[place] = (count + 1, now + min(2.0**count, _LONGEST_BACKOFF))
+        return True
 
     async def _create(self, item: Object, digest: str, node: str) -> None:
         owner = reference(item, "apps/v1", "DaemonSet")
