@@ -22,6 +22,7 @@ import lab
         "probes",
         "policing:policies",
         "dual_stack:dual_stack",
+        "traffic:traffic",
     ],
 )
 def test_network(scenario: str) -> None:
