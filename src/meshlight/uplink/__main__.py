@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import signal
 import uuid
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from meshlight.controllers.workqueue import log
 from meshlight.kube.client import ApiError, ApiUnreachable, Client
 from meshlight.kube.resources import ENDPOINT_SLICES, EVENTS, NODES, SERVICES, Object, Resource
 from meshlight.node import netns
+from meshlight.node.netns import NetworkError
 from meshlight.uplink import announcement
 from meshlight.uplink.dialer import Dialer
 from meshlight.uplink.egress import Egress
@@ -112,8 +114,8 @@ class Uplink:
                 group.create_task(self._listeners.run())
                 group.create_task(Dialer(self._machine).run())  # for nodes; what pods reach is another matter
                 if not self._isolated:
-                    group.create_task(NameRelay(self._machine, GATEWAY).run())
-                    group.create_task(Egress(self._machine).run())
+                    group.create_task(_optional("nameservers", NameRelay(self._machine, GATEWAY).run))
+                    group.create_task(_optional("outside", Egress(self._machine).run))
         finally:
             self._machine.close()
 
@@ -159,6 +161,14 @@ class Uplink:
             await self._client.create(EVENTS, event)
         except (ApiError, ApiUnreachable) as error:
             log("warning", "event not written", service=metadata["name"], error=str(error))
+
+
+async def _optional(what: str, work: Callable[[], Awaitable[None]]) -> None:
+    """Do without a part that this kernel refuses: Services must be reached all the same."""
+    try:
+        await work()
+    except (NetworkError, OSError) as error:
+        log("error", "pods do not reach what is outside", part=what, error=str(error))
 
 
 async def main(kubeconfig: str, state: Path, *, isolated: bool) -> None:
