@@ -44,6 +44,7 @@ check: setup ## formatters, linters, type checkers
 bench: setup ## boot, memory, the L4 path as ratios against the direct path, the API server, istiod and pods' start
 	$(BIN)/python bench/l4.py
 	$(BIN)/python bench/l7.py
+	$(BIN)/python bench/tracing.py
 	$(BIN)/python bench/api.py
 	$(BIN)/python bench/controlplane.py
 	$(BIN)/python bench/pods.py

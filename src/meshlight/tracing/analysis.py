@@ -40,22 +40,21 @@ def critical_path(trace: Trace) -> list[Section]:
     root = max(roots, key=lambda span: span.duration)
     sections: list[Section] = []
     todo: list[tuple[Span, int, int]] = [(root, root.start, root.end)]
-    seen: set[int] = set()
+    # Spans that share an id share their children too: each is followed once.
+    seen: set[int] = {id(root)}
     while todo:
         span, low, until = todo.pop()
-        if id(span) in seen:
-            continue
-        seen.add(id(span))
         at = until
         for child in sorted(below.get(span.span_id, []), key=lambda s: min(s.end, until), reverse=True):
             end = min(child.end, at)
             start = max(child.start, low)
-            if (child.end > at and child.start >= at) or end <= start:
+            if id(child) in seen or (child.end > at and child.start >= at) or end <= start:
                 continue
             if child.end > at and child.start < at and at != until:
                 continue  # ran beside the child that was waited for
             if at > end:
                 sections.append(Section(span, end, at))
+            seen.add(id(child))
             todo.append((child, start, end))
             at = start
         if at > low:

@@ -110,8 +110,12 @@ class Storage:
         process has the folder open."""
         if self.folder is not None:
             self._lock = _locked(self.folder)
-        for collection in self.collections:
-            await collection.open()
+        try:
+            for collection in self.collections:
+                await collection.open()
+        except BaseException:
+            await self.close()
+            raise
         self._tasks.append(asyncio.create_task(self._retain()))
 
     async def close(self) -> None:
