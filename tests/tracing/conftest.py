@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from tracing.tracing_server import Server
+from tracing_server import Server
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from tracing_server import Server
 
 from meshlight.tracing.model import Resource, Span
 from meshlight.tracing.otlp import encode_spans
-from tracing.tracing_server import Server
 
 
 def batch(count: int, service: str, per_trace: int = 4) -> tuple[list[str], bytes]:

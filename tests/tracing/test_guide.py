@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tracing.tracing_server import Server
+from tracing_server import Server
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "tracing.md"
 

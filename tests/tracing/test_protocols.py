@@ -14,9 +14,9 @@ from typing import Any
 from uuid import uuid4
 
 import grpc
+from tracing_server import Server
 
 from meshlight.proto import jaeger_pb2, zipkin_pb2
-from tracing.tracing_server import Server
 
 
 def trace(server: Server, identity: str) -> Any:

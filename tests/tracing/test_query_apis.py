@@ -10,12 +10,12 @@ from uuid import uuid4
 
 import grpc
 import pytest
+from tracing_server import Server
 
 from meshlight.proto import jaeger_pb2 as jaeger
 from meshlight.tracing.model import Link, Resource, Scope, Span
 from meshlight.tracing.otlp import decode_traces, encode_spans
 from meshlight.tracing.rows import span as span_of
-from tracing.tracing_server import Server
 
 TRACES = [uuid4().bytes for _ in range(6)]
 NOW = time.time_ns() // 1000 * 1000
