@@ -148,7 +148,7 @@ async def fan_out(session: aiohttp.ClientSession, watchers: int, changes: int) -
 
     async def watch() -> None:
         nonlocal waiting
-        async with session.get(path) as answer:
+        async with session.get(path, params={"limit": "1"}) as answer:
             version = (await answer.json())["metadata"]["resourceVersion"]
         async with session.get(path, params={"watch": "true", "resourceVersion": version}) as answer:
             connected.release()
