@@ -2,44 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 
 import click
-from rich.console import Console
-from rich.markup import escape
 
 from meshlight import __version__
-from meshlight.cli.analyze import analyze
-from meshlight.cli.ca import ca
-from meshlight.cli.cluster import down, kubeconfig, list_, up
-from meshlight.cli.completion import completion
-from meshlight.cli.env import env, shell
-from meshlight.cli.expose import expose
-from meshlight.cli.flows import flows
-from meshlight.cli.istioctl import proxy_status, verify_install, version
-from meshlight.cli.node import node
-from meshlight.cli.policy import policy
-from meshlight.cli.run import run
-from meshlight.cli.status import status
-from meshlight.cli.traces import traces
-from meshlight.cli.tracing import tracing
-from meshlight.cli.waypoint import waypoint
-from meshlight.cli.why import why
-from meshlight.cli.ztunnel_config import ztunnel_config
-from meshlight.embedded.control import ControlError
-from meshlight.embedded.launch import LaunchError
-from meshlight.embedded.layout import LayoutError
-from meshlight.kube.client import ApiError, ApiUnreachable
-from meshlight.kube.port_forward import ForwardError
-from meshlight.operations.boot import BootError
-from meshlight.operations.errors import OperationError
-from meshlight.operations.expose import ExposeError
-from meshlight.operations.nodes import NodeError
-from meshlight.operations.run import RunError
+from meshlight.cli.verbs import Verbs
+from meshlight.refusal import Refusal
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="meshlight")
 def cli() -> None:
     """A Kubernetes API and an Istio-compatible mesh on this machine.
@@ -69,43 +41,6 @@ def cli() -> None:
     """
 
 
-for verb in (
-    up,
-    down,
-    list_,
-    kubeconfig,
-    env,
-    shell,
-    status,
-    run,
-    node,
-    expose,
-    why,
-    policy,
-    waypoint,
-    ca,
-    analyze,
-    traces,
-    flows,
-    tracing,
-    proxy_status,
-    ztunnel_config,
-    verify_install,
-    version,
-    completion,
-):
-    cli.add_command(verb)
-for short, verb in (("ps", proxy_status), ("zc", ztunnel_config)):  # istioctl's short names
-    hidden = copy.copy(verb)
-    hidden.hidden = True
-    cli.add_command(hidden, short)
-
-
-_REFUSALS = (
-    ApiError, BootError, ControlError, ExposeError, LaunchError, LayoutError, NodeError, RunError,
-)  # fmt: skip
-
-
 def main() -> int:
     """Run the command line; returns the exit code (0 done, 1 failed, 2 wrong usage)."""
     try:
@@ -119,25 +54,15 @@ def main() -> int:
         return error.exit_code
     except FileNotFoundError as error:
         return _refuse(f"{error.filename} does not exist; is the cluster up? `meshlight up` boots it")
-    except ApiUnreachable as error:
-        return _refuse(f"{error}; is the cluster up? `meshlight up` boots it")
-    except (
-        LaunchError,
-        LayoutError,
-        BootError,
-        RunError,
-        ExposeError,
-        ControlError,
-        NodeError,
-        ApiError,
-    ) as error:
-        return _refuse(str(error))
-    except (ForwardError, OperationError) as error:
-        return _refuse(str(error))
+    except Refusal as error:
+        return _refuse(f"{error}; {error.advice}" if error.advice else str(error))
     return 0
 
 
 def _refuse(message: str) -> int:
+    from rich.console import Console  # a tenth of a second that only a refusal needs
+    from rich.markup import escape
+
     Console(stderr=True, highlight=False).print(f"[red]error:[/red] {escape(message)}", soft_wrap=True)
     return 1
 

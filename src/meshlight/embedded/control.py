@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from meshlight.refusal import Refusal
+
 SOCKET = "supervisor.sock"
 _LINE = 1 << 20
 _TIMEOUT = 30.0
@@ -23,7 +25,7 @@ _TIMEOUT = 30.0
 Message = dict[str, Any]
 
 
-class ControlError(Exception):
+class ControlError(Refusal):
     """The supervisor refused, or is not there; the message says why."""
 
 

@@ -24,6 +24,7 @@ from meshlight.embedded import control, outlet, pki
 from meshlight.embedded.layout import Layout, LayoutError, Record, start_time
 from meshlight.node import cgroups
 from meshlight.node.oci.store import remove_tree
+from meshlight.refusal import Refusal
 
 DEFAULT_API_PORT = 6443
 _TOOLS = {"ip": "iproute2", "nft": "nftables", "unshare": "util-linux", "nsenter": "util-linux"}
@@ -37,7 +38,7 @@ WITHOUT_ROOT = (
 """What is not to be had in a user namespace, in one line for the user."""
 
 
-class LaunchError(Exception):
+class LaunchError(Refusal):
     """The cluster cannot be started or stopped; the message says why and what to do."""
 
 

@@ -8,10 +8,12 @@ import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from meshlight.refusal import Refusal
+
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?")
 
 
-class LayoutError(Exception):
+class LayoutError(Refusal):
     """A cluster's name or record cannot be used; the message says why and what to do."""
 
 

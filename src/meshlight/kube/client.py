@@ -23,6 +23,7 @@ import orjson
 from meshlight import __version__
 from meshlight.kube import kubeconfig
 from meshlight.kube.resources import Object, Resource
+from meshlight.refusal import Refusal
 
 SERVICE_ACCOUNT_DIR = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
@@ -32,7 +33,7 @@ STRATEGIC_MERGE_PATCH = "application/strategic-merge-patch+json"
 APPLY_PATCH = "application/apply-patch+yaml"
 
 
-class ApiError(Exception):
+class ApiError(Refusal):
     """The API answered with a `Status` of failure.
 
     `code` is the HTTP status, `reason` Kubernetes' machine word (`NotFound`, `Conflict`, …).
@@ -45,8 +46,10 @@ class ApiError(Exception):
         self.message = message
 
 
-class ApiUnreachable(Exception):
+class ApiUnreachable(Refusal):
     """No answer from the API server; the message names its address and the cause."""
+
+    advice = "is the cluster up? `meshlight up` boots it"
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ import aiohttp
 from meshlight.kube import spdy
 from meshlight.kube.client import ApiError, ApiUnreachable, Client
 from meshlight.kube.resources import PODS
+from meshlight.refusal import Refusal
 
 PROTOCOL = "SPDY/3.1+portforward.k8s.io"
 _ERRORS, _CONTENT = 1, 3
@@ -22,7 +23,7 @@ _PIECE = 32 << 10
 _NAMES = {_ERRORS: "error", _CONTENT: "data"}
 
 
-class ForwardError(Exception):
+class ForwardError(Refusal):
     """A port of a pod could not be reached, or answered something else than the page."""
 
 

@@ -22,6 +22,7 @@ from meshlight.kube.resources import (
     Resource,
 )
 from meshlight.operations.status import is_ready
+from meshlight.refusal import Refusal
 
 Progress = Callable[[str], None]
 COMPONENTS: tuple[tuple[Resource, str, str], ...] = (
@@ -32,7 +33,7 @@ COMPONENTS: tuple[tuple[Resource, str, str], ...] = (
 """What must be ready before a cluster is up, in the order in which it is told."""
 
 
-class BootError(Exception):
+class BootError(Refusal):
     """The cluster did not come up in time; the message names the part and its log."""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from meshlight.refusal import Refusal
 
-class OperationError(Exception):
+
+class OperationError(Refusal):
     """The message says what was expected, what was found and what to do next."""

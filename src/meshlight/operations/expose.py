@@ -9,12 +9,13 @@ from meshlight.embedded import outlet
 from meshlight.embedded.layout import Layout, Record
 from meshlight.kube.client import ApiError, Client
 from meshlight.kube.resources import SERVICES
+from meshlight.refusal import Refusal
 from meshlight.uplink.exposure import ANNOTATION
 
 _LOOK_AGAIN = 0.05
 
 
-class ExposeError(Exception):
+class ExposeError(Refusal):
     """The Service cannot be exposed; the message says why and what to do."""
 
 

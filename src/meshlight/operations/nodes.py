@@ -15,12 +15,13 @@ from meshlight.embedded.layout import Layout
 from meshlight.kube.client import ApiError, Client
 from meshlight.kube.resources import NODES, PODS, Object
 from meshlight.operations.status import is_ready
+from meshlight.refusal import Refusal
 
 FAILURES = ("stop", "start", "partition", "heal")
 _RETRY = 1.0
 
 
-class NodeError(Exception):
+class NodeError(Refusal):
     """A node cannot be done with as asked; the message says why."""
 
 

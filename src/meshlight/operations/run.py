@@ -11,6 +11,7 @@ from pathlib import Path
 
 from meshlight.kube.client import ApiError, Client
 from meshlight.kube.resources import NAMESPACES, PODS, SERVICE_ACCOUNTS, SERVICES, Object, Resource
+from meshlight.refusal import Refusal
 
 LOCAL_IMAGE = "meshlight.io/local"
 """Image of a workload that is a program of this machine; its `command` says which."""
@@ -20,7 +21,7 @@ _WAITING_FAULTS = (
 )  # fmt: skip
 
 
-class RunError(Exception):
+class RunError(Refusal):
     """The program cannot be launched; the message says why and what to do."""
 
 
