@@ -131,8 +131,12 @@ def test_a_cron_job_makes_jobs(cluster: Cluster, namespace: str) -> None:
     by_hand = cluster.kubectl("create", "job", "-n", namespace, "by-hand", "--from=cronjob/tick")
     assert "created" in by_hand
     wait_until(
-        lambda: cluster.get("cronjob", "tick", "-n", namespace).get("status", {}).get("lastSuccessfulTime"),
+        lambda: (
+            "Saw completed job: tick-"
+            in reasons(cluster, namespace, "CronJob", "tick").get("SawCompletedJob", "")
+        ),
         what="a Job of the schedule completes",
     )
     cluster.kubectl("patch", "cronjob", "tick", "-n", namespace, "-p", '{"spec":{"suspend":true}}')
-    assert "SuccessfulCreate" in reasons(cluster, namespace, "CronJob", "tick")
+    assert "Created job tick-" in reasons(cluster, namespace, "CronJob", "tick")["SuccessfulCreate"]
+    assert cluster.get("cronjob", "tick", "-n", namespace)["status"]["lastSuccessfulTime"]
