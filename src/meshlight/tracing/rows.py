@@ -121,6 +121,12 @@ def split(pair: bytes) -> tuple[bytes, bytes]:
     """Key and AnyValue bytes of an encoded KeyValue, whatever order its maker wrote them in."""
     try:
         if pair[0] == 0x0A:
+            # Nearly all are short: lengths of one byte.
+            end, size = 2 + pair[1], len(pair)
+            if end + 1 < size and pair[1] < 0x80 and pair[end] == 0x12:
+                value = end + 2
+                if pair[end + 1] < 0x80 and value + pair[end + 1] == size:
+                    return pair[2:end], pair[value:]
             length, start = read_varint(pair, 1)
             key = pair[start : start + length]
             rest = start + length
