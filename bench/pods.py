@@ -1,6 +1,6 @@
 """How fast pods start: one after the other, and many at once. Numbers on stdout as JSON.
 
-`python bench/pods.py [--nodes 2] [--one 20] [--many 200] [--cluster NAME]`. Boots a cluster of its own unless
+`python bench/pods.py [--nodes 3] [--one 20] [--many 200] [--cluster NAME]`. Boots a cluster of its own unless
 one is named. Latency is from sending the create to seeing the Ready condition in a watch.
 """
 
@@ -139,7 +139,7 @@ async def measure(kubeconfig: Path, one: int, many: int) -> dict[str, Any]:
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description="pod start latency")
-    parser.add_argument("--nodes", default="2")
+    parser.add_argument("--nodes", default="3")
     parser.add_argument("--one", type=int, default=20)
     parser.add_argument("--many", type=int, default=200)
     parser.add_argument("--cluster", default="", help="measure this running cluster")
