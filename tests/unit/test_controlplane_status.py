@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from meshlight.controlplane.envoy.policies import Target
 from meshlight.controlplane.policy import compile_policy
-from meshlight.controlplane.status import CONDITION, Verdict, conditions, verdict
+from meshlight.controlplane.status import CONDITION, Verdict, conditions, verdict, waypoint_verdict
 
 NOW = datetime.datetime(2026, 5, 1, 12, tzinfo=datetime.UTC)
 METHODS = [{"to": [{"operation": {"methods": ["GET"]}}]}]
@@ -67,3 +68,13 @@ def test_conditions_are_written_once_and_others_kept() -> None:
     assert again[1]["lastTransitionTime"] == "2026-05-01T12:00:00Z", "its status did not change"
     assert conditions(obj, None, later) == [other]
     assert conditions(policy(), None, later) is None
+
+
+@pytest.mark.parametrize(
+    ("bound", "reason"),
+    [({"web": "shop/waypoint"}, "Accepted"), ({"web": ""}, "AncestorNotBound"), ({}, "TargetNotFound")],
+)
+def test_policies_with_targets_are_about_waypoints(bound: dict[str, str], reason: str) -> None:
+    found = waypoint_verdict([Target("Service", "shop", "web")], lambda target: bound.get(target.name))
+    assert found is not None and (found.accepted, found.reason) == (reason == "Accepted", reason)
+    assert waypoint_verdict([], lambda target: None) is None

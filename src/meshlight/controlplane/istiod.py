@@ -117,6 +117,8 @@ class Istiod:
             if kind == "Pod":
                 self._nodes.observe(key, new)
             self._scope.observe(kind, key, new)
+            if kind in ("Gateway", "Service", "Namespace"):
+                self._status.recheck()
 
         return changed
 

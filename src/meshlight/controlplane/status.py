@@ -1,17 +1,20 @@
-"""Condition `ZtunnelAccepted` on AuthorizationPolicies: what became of a policy, where its author looks.
+"""Conditions on AuthorizationPolicies: what became of a policy, where its author looks.
 
-False when the node proxies do not have it: it is of an action they do not know, or one of them refused
-it. What cannot be enforced as written is named, field by field. Written only when it differs, so that any
-number of replicas agree without a leader.
+`WaypointAccepted` of one with `targetRefs`: whether what it names is there and has a waypoint.
+`ZtunnelAccepted` of the others, False when the node proxies do not have it: it is of an action they do not
+know, or one of them refused it. What cannot be enforced as written is named, field by field. Written only
+when it differs, so that any number of replicas agree without a leader.
 """
 
 from __future__ import annotations
 
 import asyncio
 import datetime
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from meshlight.controlplane.discovery import Connection, Discovery
+from meshlight.controlplane.envoy.policies import Target, targets_of
 from meshlight.controlplane.facts import ObjectKey
 from meshlight.controlplane.logs import Scope
 from meshlight.controlplane.policy import CompiledPolicy
@@ -21,6 +24,7 @@ from meshlight.kube.client import ApiError, ApiUnreachable, Cache, Client
 from meshlight.kube.resources import AUTHORIZATION_POLICIES, Object
 
 CONDITION = "ZtunnelAccepted"
+WAYPOINT_CONDITION = "WaypointAccepted"
 _RETRY_SECONDS = 5.0
 
 log = Scope("status")
@@ -51,6 +55,24 @@ def verdict(policy: CompiledPolicy, refusals: list[str]) -> Verdict | None:
     return Verdict(True, "Accepted", "attached to ztunnel")
 
 
+def waypoint_verdict(targets: Iterable[Target], bound_to: Callable[[Target], str | None]) -> Verdict | None:
+    """The verdict on a policy with targets; None without any.
+
+    `bound_to` names the waypoint or gateway that enforces a target: an empty name means that the target is
+    there and nothing enforces it, None that it is not there.
+    """
+    found = {target: bound_to(target) for target in targets}
+    if not found:
+        return None
+    if enforcing := sorted({name for name in found.values() if name}):
+        return Verdict(True, "Accepted", "bound to " + ", ".join(enforcing))
+    missing = sorted(f"{t.kind} {t.namespace}/{t.name}" for t, name in found.items() if name is None)
+    if missing:
+        return Verdict(False, "TargetNotFound", f"{', '.join(missing)} was not found")
+    waiting = sorted(f"{target.kind} {target.namespace}/{target.name}" for target in found)
+    return Verdict(False, "AncestorNotBound", f"{', '.join(waiting)} is not bound to a waypoint")
+
+
 def _consequence(policy: CompiledPolicy) -> str:
     if policy.authorization is None:
         return "The policy has no effect at ztunnel; bind it to a waypoint with targetRefs."
@@ -65,16 +87,18 @@ def _consequence(policy: CompiledPolicy) -> str:
     )
 
 
-def conditions(obj: Object, wanted: Verdict | None, now: datetime.datetime) -> list[Object] | None:
-    """The object's conditions with ours among them; None when they say so already."""
+def conditions(
+    obj: Object, wanted: Verdict | None, now: datetime.datetime, kind: str = CONDITION
+) -> list[Object] | None:
+    """The object's conditions with ours of a `kind` among them; None when they say so already."""
     present: list[Object] = (obj.get("status") or {}).get("conditions") or []
-    others = [condition for condition in present if condition.get("type") != CONDITION]
-    ours = next((condition for condition in present if condition.get("type") == CONDITION), None)
+    others = [condition for condition in present if condition.get("type") != kind]
+    ours = next((condition for condition in present if condition.get("type") == kind), None)
     if wanted is None:
         return None if ours is None else others
     status, generation = "True" if wanted.accepted else "False", obj["metadata"].get("generation", 1)
     fresh = {
-        "type": CONDITION,
+        "type": kind,
         "status": status,
         "reason": wanted.reason,
         "message": wanted.message,
@@ -87,7 +111,7 @@ def conditions(obj: Object, wanted: Verdict | None, now: datetime.datetime) -> l
 
 
 class PolicyStatus:
-    """Keeps the condition of every AuthorizationPolicy true."""
+    """Keeps the conditions of every AuthorizationPolicy true."""
 
     def __init__(self, client: Client, policies: Cache, discovery: Discovery) -> None:
         self._client, self._policies, self._discovery = client, policies, discovery
@@ -102,6 +126,29 @@ class PolicyStatus:
         if old is None or new is None or old.get("spec") != new.get("spec"):
             self._refusals.pop(key, None)  # of what it said before
         self._add(key)
+
+    def recheck(self) -> None:
+        """What policies name came, went or is bound differently: look at those with targets again."""
+        for (namespace, name), obj in self._policies.objects.items():
+            spec = obj.get("spec") or {}
+            if spec.get("targetRefs") or spec.get("targetRef"):
+                self._add(ObjectKey(namespace, name))
+
+    def _bound_to(self, target: Target) -> str | None:
+        """As `waypoint_verdict` asks it."""
+        index, envoy = self._discovery.index, self._discovery.envoy
+        key = ObjectKey(target.namespace, target.name)
+        if target.kind == "Gateway":
+            return str(key) if key in envoy.gateways else None
+        if target.kind == "GatewayClass":
+            classes = {gateway.gateway_class for gateway in envoy.gateways.values()}
+            return f"every Gateway of class {target.name}" if target.name in classes else ""
+        if target.kind == "Service":
+            if index.service(key) is None:
+                return None
+            waypoint = index.waypoints.served_by(key)
+            return str(waypoint.key) if waypoint else ""
+        return ""
 
     def _refused(self, connection: Connection, rejection: Rejection | None) -> None:
         if rejection is None:
@@ -140,8 +187,14 @@ class PolicyStatus:
         policy = self._discovery.index.policies.outcome(key)
         if obj is None or policy is None:
             return
+        now = datetime.datetime.now(datetime.UTC)
+        targets = targets_of(obj, self._discovery.index.mesh.root_namespace)
+        bound = waypoint_verdict(targets, self._bound_to)
+        after = conditions(obj, bound, now, WAYPOINT_CONDITION)
+        if after is not None:
+            obj = {**obj, "status": {**(obj.get("status") or {}), "conditions": after}}
         wanted = verdict(policy, list(self._refusals.get(key, {}).values()))
-        fresh = conditions(obj, wanted, datetime.datetime.now(datetime.UTC))
+        fresh = conditions(obj, wanted, now) or after
         if fresh is None:
             return
         patch = {"status": {"conditions": fresh}}
