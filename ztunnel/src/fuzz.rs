@@ -144,7 +144,7 @@ proptest! {
         source: SocketAddr, destination: SocketAddr, hostname in proptest::option::of("[a-z.]{0,80}")
     ) {
         let identity = Identity::new("cluster.local", "shop", "cart");
-        let header = proxy_protocol::header(source, destination, &identity, hostname.as_deref());
+        let header = proxy_protocol::header(source, destination, &identity, hostname.as_deref(), None);
         prop_assert_eq!(&header[..13], b"\r\n\r\n\0\r\nQUIT\n\x21");
         let length = usize::from(u16::from_be_bytes([header[14], header[15]]));
         prop_assert_eq!(header.len(), 16 + length);
