@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -71,7 +72,8 @@ def traces() -> None:
 
 
 def _console() -> Console:
-    return Console(highlight=False)
+    # A file has no edge to wrap at; a terminal has, and copies of cut ids are of no use.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 240)
 
 
 def _ms(nanoseconds: float) -> str:

@@ -192,14 +192,34 @@ def _waypoint(snapshot: Snapshot, route: Route, service: Any, captured: bool) ->
             gateway,
         )
         return None
-    text = f"{hostname.hostname} stands before it and judges HTTP; policies with targetRefs are its"
-    bound = [f"AuthorizationPolicy/{key}" for key in _bound(snapshot, service, hostname)]
-    route.add("waypoint", "ok", text, gateway, *bound)
+    route.add("waypoint", "ok", f"{hostname.hostname} stands before it and judges HTTP", gateway)
+    for key, spec in _bound(snapshot, service, hostname):
+        action, rules = spec.get("action") or "ALLOW", spec.get("rules") or []
+        asked = " or ".join(_asked(rule or {}) for rule in rules)
+        verb = {"ALLOW": "allows only", "DENY": "denies", "CUSTOM": "asks its provider about"}.get(
+            action, "notes"
+        )
+        text = f"{action} {key} {verb} requests {asked if rules else 'of no kind'}"
+        verdict = DENIED if action == "ALLOW" and not rules else "note"
+        route.add("HTTP at the waypoint", verdict, text, f"AuthorizationPolicy/{key}")
     return min(instances, key=lambda w: str(w.name))
 
 
-def _bound(snapshot: Snapshot, service: Any, hostname: Any) -> Iterator[ObjectKey]:
-    """AuthorizationPolicies that the waypoint judges by."""
+def _asked(rule: dict[str, Any]) -> str:
+    """What a rule asks of a request, in its own words: `with to.methods=PUT, from.namespaces=shop`."""
+    parts = []
+    for section, inner in (("from", "source"), ("to", "operation")):
+        for entry in rule.get(section) or []:
+            for name, values in ((entry or {}).get(inner) or {}).items():
+                parts.append(f"{section}.{name}={'|'.join(map(str, values))}")
+    for condition in rule.get("when") or []:
+        wanted = condition.get("values") or [f"not {value}" for value in condition.get("notValues") or []]
+        parts.append(f"{condition.get('key')}={'|'.join(map(str, wanted))}")
+    return "with " + ", ".join(parts) if parts else "of every kind"
+
+
+def _bound(snapshot: Snapshot, service: Any, hostname: Any) -> Iterator[tuple[ObjectKey, dict[str, Any]]]:
+    """AuthorizationPolicies that the waypoint judges by, with their specs."""
     for key, obj in sorted(snapshot.objects.get("AuthorizationPolicy", {}).items()):
         spec = obj.get("spec") or {}
         for ref in [*(spec.get("targetRefs") or []), *([spec["targetRef"]] if spec.get("targetRef") else [])]:
@@ -209,7 +229,7 @@ def _bound(snapshot: Snapshot, service: Any, hostname: Any) -> Iterator[ObjectKe
                 ("ServiceEntry", service.namespace, service.name),
                 ("Gateway", hostname.namespace, hostname.hostname.partition(".")[0]),
             ):
-                yield key
+                yield key, spec
                 break
 
 

@@ -13,8 +13,9 @@ from google.protobuf.message import DecodeError
 
 from meshlight.proto import otlp_pb2 as otlp
 from meshlight.tracing.decoding import MAX_ATTRIBUTE, MAX_TIME, Decoded, Malformed
+from meshlight.tracing.envoy_flows import EVENT, is_flow, normal
 from meshlight.tracing.model import NO_SPAN, NO_TRACE, Span
-from meshlight.tracing.rows import Form, Origin, Row, key_value, row, split, value_of
+from meshlight.tracing.rows import Form, Origin, Row, attributes_of, key_value, pairs, row, split, value_of
 
 TRUNCATED = "meshlight.truncated"
 """Tag on a span whose attributes were cut."""
@@ -173,6 +174,8 @@ def decode_logs(body: bytes) -> Decoded:
                 )
                 observed = record.observed or time
                 name = record.event_name
+                if not name and is_flow(known := attributes_of(attributes)):
+                    name, attributes = EVENT.encode(), pairs(normal(known))
                 extra = record.body[: MAX_ATTRIBUTE * 16]
                 try:
                     value_of(extra)
