@@ -31,3 +31,7 @@ def test_names() -> None:
 )
 def test_torture(scenario: str) -> None:
     lab.run(f"torture:{scenario}")
+
+
+def test_resting_tunnels() -> None:
+    lab.run("resizing:resting")

@@ -26,7 +26,10 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::stream::{Chunk, InFlight, Tunnel};
+use super::{
+    stream::{Chunk, InFlight, Tunnel},
+    windows::Windows,
+};
 use crate::{rbac::Judgement, sys};
 
 /// Reads begin small, for the many connections that only ever carry a little, and grow while
@@ -95,10 +98,10 @@ pub async fn tunnel(
     to_tcp: &Direction,
     revoked: impl Future<Output = Judgement>,
 ) -> Result<(), Broken> {
-    let in_flight = tunnel.in_flight.clone();
+    let (in_flight, windows) = (tunnel.in_flight.clone(), tunnel.windows.clone());
     let result = unless(revoked, async {
         let upload = pin!(into_tunnel(&tcp, &mut tunnel.send, &in_flight, from_tcp));
-        let download = pin!(out_of_tunnel(&mut tunnel.receive, &tcp, to_tcp));
+        let download = pin!(out_of_tunnel(&mut tunnel.receive, &windows, &tcp, to_tcp));
         match select(upload, download).await {
             // What came before the reset is still delivered.
             Either::Left((Err(Broken::Far(error)), download)) => {
@@ -282,10 +285,24 @@ async fn capacity(
 
 async fn out_of_tunnel(
     receive: &mut RecvStream,
+    windows: &Windows,
     tcp: &TcpStream,
     count: &Direction,
 ) -> Result<(), Broken> {
-    while let Some(chunk) = receive.data().await {
+    let mut shrunk = pin!(windows.shrunk());
+    loop {
+        let chunk = poll_fn(|cx| loop {
+            let chunk = receive.poll_data(cx);
+            if chunk.is_ready() || shrunk.as_mut().poll(cx).is_pending() {
+                return chunk;
+            }
+            shrunk.set(windows.shrunk());
+            // Nothing more is taken, but what was taken may be due now.
+            if let Err(error) = receive.flow_control().release_capacity(0) {
+                return Poll::Ready(Some(Err(error)));
+            }
+        });
+        let Some(chunk) = chunk.await else { break };
         let chunk = chunk.map_err(|error| Broken::Far(of_http2(error)))?;
         write_all(tcp, &chunk).await.map_err(Broken::Near)?;
         count.add(chunk.len());

@@ -3,6 +3,7 @@
 //! for, which is handed over with a PROXY protocol header.
 
 use std::{
+    future::poll_fn,
     io,
     net::SocketAddr,
     pin::pin,
@@ -195,17 +196,21 @@ async fn drive(
     });
     let mut stopping = false;
     loop {
+        let accepted = poll_fn(|cx| loop {
+            let accepted = connection.poll_accept(cx);
+            let announce = |size| connection.set_initial_window_size(size);
+            if accepted.is_ready() || !peer.windows.announce(announce) {
+                return accepted;
+            }
+        });
         let accepted = tokio::select! {
-            accepted = connection.accept() => accepted,
+            accepted = accepted => accepted,
             () = &mut no_more, if !stopping => {
                 stopping = true;
                 connection.graceful_shutdown();
                 continue;
             }
-            () = peer.windows.changed() => {
-                peer.windows.announce(|size| connection.set_initial_window_size(size));
-                continue;
-            }
+            () = peer.windows.changed() => continue,
         };
         match accepted {
             Some(Ok((request, respond))) => {
@@ -311,7 +316,7 @@ impl Peer {
                     .no_longer_allowed(changes, &workload, &connection);
                 let result = copy::tunnel(
                     application,
-                    Tunnel::new(send, receive),
+                    Tunnel::new(send, receive, self.windows.clone()),
                     &observation.traffic.sent,
                     &observation.traffic.received,
                     revoked,

@@ -4,9 +4,10 @@
 
 use std::{
     collections::HashMap,
+    future::{poll_fn, Future},
     io,
     net::SocketAddr,
-    pin::pin,
+    pin::{pin, Pin},
     sync::{
         atomic::{AtomicBool, Ordering},
         Arc, Mutex, MutexGuard, PoisonError,
@@ -389,12 +390,17 @@ impl Pool {
         self.drivers.spawn(async move {
             let mut silent = pin!(unanswered(pings));
             let reason = loop {
-                tokio::select! {
-                    result = &mut connection => break result.err().map(|error| error.to_string()),
-                    () = &mut silent => break Some("no answer to a ping".to_owned()),
-                    () = windows.changed() => {
-                        windows.announce(|size| connection.set_initial_window_size(size));
+                let ended = poll_fn(|cx| loop {
+                    let ended = Pin::new(&mut connection).poll(cx);
+                    let announce = |size| connection.set_initial_window_size(size);
+                    if ended.is_ready() || !windows.announce(announce) {
+                        return ended;
                     }
+                });
+                tokio::select! {
+                    result = ended => break result.err().map(|error| error.to_string()),
+                    () = &mut silent => break Some("no answer to a ping".to_owned()),
+                    () = windows.changed() => {}
                 }
             };
             if let Some(connection) = watched.upgrade() {
@@ -449,7 +455,7 @@ async fn request(
     if head.status != StatusCode::OK {
         return Err(TunnelError::Refused(head.status));
     }
-    Ok(Tunnel::new(send, receive))
+    Ok(Tunnel::new(send, receive, connection.windows.clone()))
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -14,6 +14,8 @@ use bytes::{Buf, Bytes};
 use h2::{RecvStream, SendStream};
 use tokio::{sync::Notify, time::timeout};
 
+use super::windows::Windows;
+
 /// The largest DATA frame taken.
 pub const MAX_FRAME: u32 = 1 << 20;
 /// Bytes one stream may have waiting for its connection.
@@ -32,14 +34,17 @@ pub struct Tunnel {
     pub send: SendStream<Chunk>,
     pub receive: RecvStream,
     pub in_flight: InFlight,
+    /// Those of its connection.
+    pub windows: Arc<Windows>,
 }
 
 impl Tunnel {
-    pub fn new(send: SendStream<Chunk>, receive: RecvStream) -> Self {
+    pub fn new(send: SendStream<Chunk>, receive: RecvStream, windows: Arc<Windows>) -> Self {
         Self {
             send,
             receive,
             in_flight: InFlight::default(),
+            windows,
         }
     }
 

@@ -2,13 +2,18 @@
 //! reader that stalls holds its own window and nothing else: the connection's window is as good as
 //! unlimited, so that its neighbours go on, and the streams' windows shrink as tunnels become many,
 //! so that all of them stalling cost bounded memory.
+//!
+//! A receiver gives window back in large pieces: what a resting tunnel has used and not got back
+//! may be more than a smaller window has, and then the sender may send nothing more (RFC 9113,
+//! 6.9.2). HTTP/2's library looks at what is due only when more is taken, which cannot happen any
+//! more, so that every tunnel is told to look once the peer has acknowledged the smaller size.
 
 use std::sync::{
-    atomic::{AtomicU32, AtomicUsize, Ordering},
+    atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
     Arc,
 };
 
-use tokio::sync::Notify;
+use tokio::sync::{futures::Notified, Notify};
 
 /// The window of all streams of a connection together: HTTP/2's largest (RFC 9113, 6.9.1).
 pub const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
@@ -30,6 +35,10 @@ pub struct Windows {
     announced: AtomicU32,
     /// Told when another size is due.
     changed: Notify,
+    /// The size announced last is smaller than the one before, and not known to be acknowledged.
+    shrinking: AtomicBool,
+    /// Tells the tunnels that the peer has acknowledged a smaller size.
+    shrunk: Notify,
 }
 
 impl Windows {
@@ -40,6 +49,8 @@ impl Windows {
             open: AtomicUsize::new(0),
             announced: AtomicU32::new(size),
             changed: Notify::new(),
+            shrinking: AtomicBool::new(false),
+            shrunk: Notify::new(),
         }
     }
 
@@ -73,14 +84,32 @@ impl Windows {
         self.changed.notified().await;
     }
 
-    /// Has `tell` tell the peer the size that is due, if one is. The peer may still have to
-    /// acknowledge the size before; then a later change tries again.
-    pub fn announce<E>(&self, tell: impl FnOnce(u32) -> Result<(), E>) {
-        if let Some(size) = self.due() {
-            if tell(size).is_ok() {
-                self.announced.store(size, Ordering::Relaxed);
-            }
+    /// Ready when the peer has acknowledged a smaller size after this call: then what it has
+    /// not got back yet is due.
+    pub fn shrunk(&self) -> Notified<'_> {
+        self.shrunk.notified()
+    }
+
+    /// Has `tell` tell the peer the size that is due, if one is; answers whether it did. To be
+    /// called after every step of the connection: `tell` fails while the peer still has to
+    /// acknowledge the size before. That it succeeds again is the one sign of the acknowledgement
+    /// there is, and after a smaller size that sign is worth telling the same size again.
+    pub fn announce<E>(&self, tell: impl FnOnce(u32) -> Result<(), E>) -> bool {
+        let (due, announced) = (self.due(), self.announced());
+        let waiting = self.shrinking.load(Ordering::Relaxed);
+        if due.is_none() && !waiting {
+            return false;
         }
+        let size = due.unwrap_or(announced);
+        if tell(size).is_err() {
+            return false;
+        }
+        self.announced.store(size, Ordering::Relaxed);
+        self.shrinking.store(size < announced, Ordering::Relaxed);
+        if waiting {
+            self.shrunk.notify_waiters();
+        }
+        true
     }
 
     fn tell(&self) {
@@ -123,6 +152,45 @@ mod tests {
         ] {
             assert_eq!(size(open, all), expected, "{open} of {all}");
         }
+    }
+
+    /// A connection that takes a size when the one before is acknowledged.
+    #[derive(Default)]
+    struct Settings(Option<u32>);
+
+    impl Settings {
+        fn tell(&mut self, size: u32) -> Result<(), ()> {
+            self.0.is_none().then(|| self.0 = Some(size)).ok_or(())
+        }
+    }
+
+    #[tokio::test]
+    async fn tunnels_are_told_once_a_smaller_window_is_acknowledged() {
+        let windows = Windows::new(Arc::default());
+        let mut settings = Settings::default();
+        let announce = |settings: &mut Settings| windows.announce(|size| settings.tell(size));
+        assert!(!announce(&mut settings), "nothing is due");
+        for _ in 0..3 {
+            windows.opened();
+        }
+        let mut shrunk = std::pin::pin!(windows.shrunk());
+        let mut told = || futures_util::FutureExt::now_or_never(shrunk.as_mut()).is_some();
+        assert!(announce(&mut settings) && settings.0 == Some(LARGEST / 2));
+        windows.opened();
+        windows.opened();
+        assert!(!announce(&mut settings) && !told(), "not acknowledged");
+        assert_eq!(settings.0.take(), Some(LARGEST / 2));
+        assert!(announce(&mut settings) && told());
+        assert_eq!(
+            settings.0.take(),
+            Some(LARGEST / 4),
+            "what was due meanwhile"
+        );
+        let mut shrunk = std::pin::pin!(windows.shrunk());
+        assert!(announce(&mut settings));
+        assert!(futures_util::FutureExt::now_or_never(shrunk.as_mut()).is_some());
+        assert_eq!(settings.0.take(), Some(LARGEST / 4), "the same again");
+        assert!(!announce(&mut settings), "and no more");
     }
 
     #[test]
