@@ -3,6 +3,10 @@
 
 use std::time::Duration;
 
+/// The longest step towards a server that takes no connection: an attempt costs nobody anything,
+/// and whoever starts beside it should not wait long after it.
+pub const WHILE_ABSENT: Duration = Duration::from_secs(1);
+
 /// A sequence of pauses; forgets its past with [`Backoff::reset`].
 #[derive(Debug)]
 pub struct Backoff {
@@ -27,6 +31,12 @@ impl Backoff {
         step.mul_f64(rand::random_range(0.5..=1.0))
     }
 
+    /// As [`Backoff::next`], with steps of at most `limit`.
+    pub fn next_within(&mut self, limit: Duration) -> Duration {
+        self.current = self.current.min(limit);
+        self.next().min(limit)
+    }
+
     /// After a success: begin again with the first step.
     pub fn reset(&mut self) {
         self.current = self.first;
@@ -44,6 +54,9 @@ mod tests {
             let pause = backoff.next();
             assert!(pause >= Duration::from_millis(whole / 2), "{pause:?}");
             assert!(pause <= Duration::from_millis(whole), "{pause:?}");
+        }
+        for _ in 0..3 {
+            assert!(backoff.next_within(Duration::from_millis(300)) <= Duration::from_millis(300));
         }
         backoff.reset();
         assert!(backoff.next() <= Duration::from_millis(100));

@@ -39,6 +39,9 @@ pub enum GrpcError {
     File { path: PathBuf, error: io::Error },
     #[error("root certificates in {path}: {reason}")]
     Roots { path: PathBuf, reason: String },
+    /// The name is not known, or nobody takes connections there.
+    #[error("connecting to {address}: {error}")]
+    Absent { address: String, error: io::Error },
     #[error("connecting to {address}: {error}")]
     Connect { address: String, error: io::Error },
     #[error("metadata {name}: not allowed in a header")]
@@ -101,7 +104,10 @@ impl Endpoint {
         let connecting = async {
             let tcp = TcpStream::connect((self.host.as_str(), self.port))
                 .await
-                .map_err(failed)?;
+                .map_err(|error| GrpcError::Absent {
+                    address: self.authority.clone(),
+                    error,
+                })?;
             tcp.set_nodelay(true).map_err(failed)?;
             match &self.root {
                 None => self.handshake(tcp).await,

@@ -16,11 +16,14 @@ use tokio::{runtime::Handle, sync::watch, task::AbortHandle};
 use tracing::{info, warn};
 
 use super::{
-    authority::Authority,
+    authority::{Authority, AuthorityError},
     certificate::{CertificateView, WorkloadCertificate},
     Identity,
 };
-use crate::backoff::Backoff;
+use crate::{
+    backoff::{Backoff, WHILE_ABSENT},
+    grpc::GrpcError,
+};
 
 /// Why there is no certificate to work with.
 #[derive(Debug, Error, Clone)]
@@ -164,7 +167,12 @@ async fn keep(authority: Arc<Authority>, identity: Identity, publish: watch::Sen
                 until_renewal.max(Duration::from_secs(1))
             }
             Err(error) => {
-                let pause = backoff.next();
+                let pause = match &error {
+                    AuthorityError::Remote(GrpcError::Absent { .. }) => {
+                        backoff.next_within(WHILE_ABSENT)
+                    }
+                    _ => backoff.next(),
+                };
                 warn!(identity = %identity, error = %error, retry_in_ms = pause.as_millis() as u64,
                     "certificate not issued");
                 publish.send_if_modified(|held| {

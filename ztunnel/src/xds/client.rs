@@ -9,7 +9,7 @@ use tracing::{debug, info, warn};
 
 use super::session::Session;
 use crate::{
-    backoff::Backoff,
+    backoff::{Backoff, WHILE_ABSENT},
     config::Config,
     grpc::{Endpoint, GrpcError, Metadata},
     proto::discovery::{DeltaDiscoveryResponse, Node},
@@ -57,7 +57,10 @@ impl DiscoveryClient {
             if served {
                 backoff.reset();
             }
-            let pause = backoff.next();
+            let pause = match &result {
+                Err(GrpcError::Absent { .. }) => backoff.next_within(WHILE_ABSENT),
+                _ => backoff.next(),
+            };
             self.metrics.xds_terminated(match &result {
                 Ok(()) => "complete",
                 Err(GrpcError::Status { .. }) => "error",
@@ -118,11 +121,12 @@ fn node(config: &Config) -> Node {
         ),
         metadata: Some(Struct {
             fields: [
-                ("NAME", &config.pod_name),
+                ("NAME", config.pod_name.as_str()),
                 ("NAMESPACE", namespace),
                 ("NODE_NAME", &config.node_name),
                 ("INSTANCE_IPS", &config.instance_ip),
                 ("CLUSTER_ID", &config.cluster_id),
+                ("ISTIO_VERSION", env!("CARGO_PKG_VERSION")),
             ]
             .into_iter()
             .map(|(key, value)| (key.to_owned(), text(value)))
