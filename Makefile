@@ -33,7 +33,7 @@ down: ## stop it; leaves nothing behind
 
 test: setup ## every test: unit, real cluster, Rust
 	cd ztunnel && cargo test -q --release
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest -n 2 --dist loadfile
 
 check: setup ## formatters, linters, type checkers
 	$(BIN)/ruff format --check src tests bench build_backend

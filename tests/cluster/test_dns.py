@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import pytest
 from clusters import Cluster, pod, service, wait_until
-
-pytestmark = pytest.mark.xdist_group("services")
 
 LOOK = """
 import json, socket, sys

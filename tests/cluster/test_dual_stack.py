@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
 from clusters import Cluster, pod, service, wait_until
-
-pytestmark = pytest.mark.xdist_group("services")
 
 
 def test_services_of_both_families_in_and_out_of_the_mesh(cluster: Cluster, namespace: str) -> None:

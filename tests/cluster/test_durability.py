@@ -19,8 +19,6 @@ from clusters import Cluster, pod, wait_until
 
 from meshlight.node.cgroups import leftovers
 
-pytestmark = pytest.mark.xdist_group("cluster")
-
 
 def processes(of: str) -> list[int]:
     """Host pids whose command line contains `of`."""

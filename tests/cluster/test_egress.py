@@ -19,8 +19,6 @@ from typing import Any
 import pytest
 from clusters import Cluster, pod, wait_until
 
-pytestmark = pytest.mark.xdist_group("egress")
-
 OUTSIDE = "10.200.0.1"
 RESOLVER = "127.0.0.53"
 MACHINE = f"""

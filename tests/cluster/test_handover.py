@@ -6,11 +6,9 @@ import json
 import sys
 from pathlib import Path
 
-import pytest
 from clusters import Cluster, pod, service, wait_until
 
 PROGRAMS = str(Path(__file__).with_name("programs.py"))
-pytestmark = pytest.mark.xdist_group("cluster")
 
 
 def test_a_rollout_of_ztunnel_drops_no_connection(cluster: Cluster, namespace: str) -> None:

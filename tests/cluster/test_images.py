@@ -12,7 +12,6 @@ import pytest
 from clusters import Cluster, wait_until
 from images import Registry, build
 
-pytestmark = pytest.mark.xdist_group("cluster")
 SAID = """1234
 2345
 /app

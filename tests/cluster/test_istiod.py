@@ -14,7 +14,6 @@ import pytest
 from clusters import Cluster, pod, service, wait_until
 
 PROGRAMS = str(Path(__file__).with_name("programs.py"))
-pytestmark = pytest.mark.xdist_group("cluster")
 
 
 def last(cluster: Cluster, namespace: str, name: str) -> dict[str, int]:

@@ -10,15 +10,13 @@ from typing import Any
 import pytest
 from clusters import Cluster, wait_until
 
-pytestmark = pytest.mark.xdist_group("cluster")
-
 COMMANDS = [
     # (command, what its output must match)
     ("get configmap istio -n istio-system -o yaml", r"tracing:\s+sampling: 100\s+zipkin"),
     ("get namespace -L istio.io/dataplane-mode", r"NAME\s+STATUS\s+AGE\s+DATAPLANE-MODE"),
     ("get peerauthentication -n istio-system", r"NAME\s+MODE\s+AGE\s+default\s+PERMISSIVE"),
     ("get pa -A -o wide", r"NAMESPACE\s+NAME\s+MODE\s+AGE\s+istio-system\s+default\s+PERMISSIVE"),
-    ("get httproute -n observability", r"No resources found in observability namespace"),
+    ("get httproute -n observability", r"NAME\s+HOSTNAMES\s+AGE\s+jaeger\s+\[\"jaeger\.sulibot\.com\"\]"),
     (
         "get pods -n istio-system",
         r"(?m)^NAME\s+READY\s+STATUS\s+RESTARTS\s+AGE$[\s\S]*istiod-\S+\s+1/1\s+Running",

@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 from clusters import Cluster, wait_until
 
-pytestmark = pytest.mark.xdist_group("cluster")
-
 
 def deployment(namespace: str, replicas: int | None = 0, image: str = "sleep", **more: Any) -> dict[str, Any]:
     """A Deployment `web` that runs no pods unless told to."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
 from clusters import Cluster, pod, service, wait_until
-
-pytestmark = pytest.mark.xdist_group("services")
 
 TRY = """
 import socket

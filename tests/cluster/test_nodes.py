@@ -17,7 +17,6 @@ import pytest
 from clusters import Cluster, service, wait_until
 from test_durability import machine, processes
 
-pytestmark = pytest.mark.xdist_group("failing")
 REPLICAS = 4
 PROGRAM = "while :; do sleep 86399; done"
 """Unlike any other program of the machine, so that its processes can be counted."""

@@ -12,8 +12,6 @@ import pytest
 from clusters import MESHLIGHT, Cluster, pod, wait_until
 from test_durability import machine, processes
 
-pytestmark = pytest.mark.xdist_group("cluster")
-
 
 def one_line(said: str) -> str:
     assert said.startswith("error: ") and said.count("\n") == 1 and "Traceback" not in said, said

@@ -18,8 +18,6 @@ import seed_stage
 import yaml
 from clusters import Cluster, pod, wait_until
 
-pytestmark = pytest.mark.xdist_group("cluster")
-
 
 def commands(name: str) -> list[tuple[str, str]]:
     """The command lines of a file, and what each must print."""

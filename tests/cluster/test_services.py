@@ -7,10 +7,7 @@ import subprocess
 import urllib.request
 from typing import Any
 
-import pytest
 from clusters import Cluster, pod, wait_until
-
-pytestmark = pytest.mark.xdist_group("services")
 
 SERVER = """
 import http.server, os

@@ -28,8 +28,6 @@ from lightkube.core.exceptions import ApiError as LightkubeError
 from lightkube.models.meta_v1 import ObjectMeta
 from lightkube.resources.core_v1 import ConfigMap as LightConfigMap
 
-pytestmark = pytest.mark.xdist_group("interop")
-
 SIZE = {"type": "integer", "default": 1}
 SHOPS = {
     "apiVersion": "apiextensions.k8s.io/v1",

@@ -12,8 +12,6 @@ import aiohttp
 import pytest
 from apiserver import ApiServer
 
-pytestmark = pytest.mark.xdist_group("interop")
-
 ROUNDS, WRITERS = 5, 16
 MAPS = "/api/v1/namespaces/default/configmaps"
 

@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 from apiserver import ApiServer
 
-pytestmark = pytest.mark.xdist_group("interop")
-
 
 class Hook(BaseHTTPRequestHandler):
     """Labels every ConfigMap, and refuses those whose data say so."""

@@ -141,7 +141,7 @@ def test_what_goes_in_comes_back_equal_by_every_api(filled: Server) -> None:
 
 def test_version_3_search_and_summaries(filled: Server) -> None:
     times = {
-        "query.start_time_min": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - 600)),
+        "query.start_time_min": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - 7200)),
         "query.start_time_max": time.strftime("%Y-%m-%dT%H:%M:%S.5Z", time.gmtime(time.time() + 5)),
     }
     parameters = urlencode({"query.service_name": "q-cart", "query.attributes": '{"error":"true"}', **times})
@@ -167,11 +167,11 @@ def test_zipkins_search(filled: Server) -> None:
 
 
 def test_the_monitor_tab(filled: Server) -> None:
-    base = f"service=q-cart&endTs={time.time_ns() // 10**6}&lookback=600000&step=60000&ratePer=600000"
+    base = f"service=q-cart&endTs={time.time_ns() // 10**6}&lookback=7200000&step=60000&ratePer=7200000"
     calls = filled.get("query", f"/api/metrics/calls?{base}").json
     assert calls["name"] == "service_call_rate"
     last = calls["metrics"][0]["metricPoints"][-1]["gaugeValue"]["doubleValue"]
-    assert last == pytest.approx(6 / 600)
+    assert last == pytest.approx(6 / 7200)
     errors = filled.get("query", f"/api/metrics/errors?{base}&groupByOperation=true").json["metrics"][0]
     assert {"name": "operation", "value": "POST /cart"} in errors["labels"]
     assert errors["metricPoints"][-1]["gaugeValue"]["doubleValue"] == pytest.approx(2 / 6)

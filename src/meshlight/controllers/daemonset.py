@@ -173,8 +173,8 @@ def roll(
             missing += 1
             broken.append(old)
     if surge:
-        nodes = [node_of(p) for p in (*broken, *working[: max(0, surge - surging)])]
-        made.create += [n for n in nodes if not any(is_terminating(p) for p in pods.get(n, ()))]
+        # A pod of an earlier update that still ends (a node proxy, minutes long) holds up no later one.
+        made.create += [node_of(p) for p in (*broken, *working[: max(0, surge - surging)])]
     else:
         made.delete += [*broken, *working[: max(0, unavailable - missing)]]
     return made

@@ -390,6 +390,8 @@ class Enrolment:
                 await self._annotate(pod, None)
                 standing.drained_at = time.monotonic() + DRAIN
             case Step.FORGET:
+                with contextlib.suppress(OSError, NetworkError):  # its network may be gone already
+                    await netns.within(path, redirection.forget_queries)
                 self._zds.remove(pod.uid)
                 standing.asked = standing.listening = False
                 log("info", "pod left the mesh", **pod.where)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from meshlight.node import addresses, netns
+from meshlight.node import addresses, conntrack, netns
 from meshlight.node.netns import NetworkError
 from meshlight.node.network import PROBE_ADDRESS
 
@@ -162,3 +162,12 @@ def flush(namespace: Path) -> None:
                     raise
 
     netns.inside(namespace, work)
+
+
+def forget_queries() -> None:
+    """In a pod that leaves: end what the kernel remembers of captured DNS queries.
+
+    A later query from the same port would be taken for one of them and go on to a proxy that listens no more.
+    Raises OSError.
+    """
+    conntrack.forget_datagrams({("127.0.0.1", DNS), ("::1", DNS)})
