@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
+import sys
 import time
+from pathlib import Path
 
 import click
 import orjson
@@ -123,17 +126,26 @@ def up(
     if exposed := outlet.listeners(layout):
         console.print(listener_table(exposed))
         console.print()
+    called = Path(sys.argv[0])
+    known = shutil.which("meshlight")
+    # Whoever has it in a virtual environment only cannot paste a bare name.
+    program = "meshlight" if known and Path(known).resolve() == called.resolve() else _short(called)
     console.print("Next:")
     suffix = "" if name == "cluster-101" else f" --name {name}"
-    console.print(f"  export KUBECONFIG=$(meshlight kubeconfig{suffix})", soft_wrap=True)
+    console.print(f"  export KUBECONFIG=$({program} kubeconfig{suffix})", soft_wrap=True)
     console.print("  kubectl get pods -A -o wide")
-    console.print("  kubectl apply -f samples/demo.yaml && meshlight status")
+    console.print(f"  kubectl apply -f samples/demo.yaml && {program} status{suffix}", soft_wrap=True)
     if foreground:
         console.print("\nctrl-c ends the cluster", style="dim")
         with contextlib.suppress(KeyboardInterrupt):
             launch.wait(booted.record)
         launch.stop(layout, purge=False)
         console.print(f"{name} is down")
+
+
+def _short(program: Path) -> str:
+    """A program's path as one would type it here."""
+    return str(program.relative_to(Path.cwd())) if program.is_relative_to(Path.cwd()) else str(program)
 
 
 @click.command()
